@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// Register-level helpers: register budgets, packed conversions, matrix loads and stores, exp2.
+// PTX ISA: "setmaxnreg", "cvt", "ldmatrix", "stmatrix", "ex2".
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "sm90/device.cuh"
+
+namespace eqx_flash::sm90 {
+
+// Executed by all warps of a warpgroup; the block's total must fit the register file.
+template <int kRegisters>
+EQX_DEVICE void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+EQX_DEVICE void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// exp2 with -inf -> 0; denormal results flush to zero.
+EQX_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two fp32 values as a pair of 16-bit ones, `low` in the lower half.
+template <typename Element>
+EQX_DEVICE uint32_t pack(float low, float high);
+template <>
+EQX_DEVICE uint32_t pack<__nv_bfloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+EQX_DEVICE uint32_t pack<__half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+EQX_DEVICE void load_matrix_x4(uint32_t address, uint32_t* registers) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(address)
+               : "memory");
+}
+EQX_DEVICE void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+}  // namespace eqx_flash::sm90

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Asynchronous warpgroup matrix products, D[64, N] += A[64, 16] B[16, N], fp32 accumulators.
+// PTX ISA: "Asynchronous Warpgroup Level Matrix Instructions".
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "sm90/device.cuh"
+#include "sm90/smem_tile.cuh"
+
+namespace eqx_flash::sm90 {
+
+// Which axis of B runs along a shared-memory row: k (rows are columns of B), or n.
+enum class Major { kK, kMN };
+
+// One instruction: `shared` reads A through a descriptor, `registers` from a fragment of four.
+// The specialisations are written by generate_wgmma.py at configure time.
+template <typename Element, int kN, Major kMajorB>
+struct WgmmaAtom;
+
+#include "wgmma_atoms.inc"
+
+// Orders ordinary register accesses before the wgmmas that follow: once before each batch.
+EQX_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+EQX_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most kPending committed batches are in flight. Pin the results afterwards.
+template <int kPending>
+EQX_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// A lane of warp w holds of a 64 x N accumulator the rows 16 w + lane / 4 (+ 8) and the columns
+// 8 j + 2 (lane % 4) (+ 1), in the order: 4 j + {0, 1} first row, 4 j + {2, 3} second row.
+// Packed pairwise to 16 bits this is, without any shuffle, the A fragment of the next product.
+EQX_DEVICE int accumulator_row(int thread) { return (thread / kWarp) * 16 + (thread % kWarp) / 4; }
+EQX_DEVICE int accumulator_col(int thread) { return (thread % 4) * 2; }
+
+// D (+)= A B^T with A [64, kCols] and B [N, kCols] both K-major in shared memory.
+template <typename Element, typename TileA, typename TileB>
+EQX_DEVICE void mma_shared_k_major(float (&acc)[TileB::kRows / 2], Descriptor a, Descriptor b) {
+#pragma unroll
+  for (int k = 0; k < TileA::kCols / 16; ++k) {
+    WgmmaAtom<Element, TileB::kRows, Major::kK>::shared(acc, (a + TileA::k_major_step(k)).bits(),
+                                                        (b + TileB::k_major_step(k)).bits(), k > 0);
+  }
+}
+
+// The same with A in registers.
+template <typename Element, typename TileB>
+EQX_DEVICE void mma_registers_k_major(float (&acc)[TileB::kRows / 2],
+                                      const uint32_t (&a)[TileB::kCols / 4], Descriptor b) {
+#pragma unroll
+  for (int k = 0; k < TileB::kCols / 16; ++k) {
+    WgmmaAtom<Element, TileB::kRows, Major::kK>::registers(
+        acc, a + 4 * k, (b + TileB::k_major_step(k)).bits(), k > 0);
+  }
+}
+
+// D += A B with A [64, kRows] in registers and B [kRows, kCols] row by row in shared memory.
+template <typename Element, typename TileB>
+EQX_DEVICE void mma_registers_mn_major(float (&acc)[TileB::kCols / 2],
+                                       const uint32_t (&a)[TileB::kRows / 4], Descriptor b) {
+#pragma unroll
+  for (int k = 0; k < TileB::kRows / 16; ++k) {
+    WgmmaAtom<Element, TileB::kCols, Major::kMN>::registers(
+        acc, a + 4 * k, (b + TileB::mn_major_step(k)).bits(), true);
+  }
+}
+
+}  // namespace eqx_flash::sm90

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tile sizes of every kernel, in one place. Python reads them through _C.tile_config().
+#pragma once
+
+#include "params.h"
+
+namespace eqx_flash {
+
+inline constexpr int kMaxSharedMemory = 232448;  // a block's limit on sm_90, bytes
+inline constexpr int kWarpgroupRows = 64;        // rows of one wgmma
+
+struct ForwardTile {
+  int consumer_warpgroups;  // each owns 64 query rows
+  int block_n;              // keys per step
+  int stages;               // depth of the K ring and of the V ring
+  int q_buffers;            // 2: the next tile's Q loads while this one computes
+  bool own_output_buffer;   // else O leaves through the warpgroup's slab of Q
+  bool query_in_registers;  // Q as register operand of S = Q K^T: frees shared-memory bandwidth
+  int producer_registers;   // 24 would do for loads alone; decoding tiles needs more
+  int consumer_registers;
+
+  constexpr int block_m() const { return kWarpgroupRows * consumer_warpgroups; }
+  constexpr int threads() const { return 128 * (1 + consumer_warpgroups); }
+  constexpr int shared_memory_bytes(int head_dim) const {
+    const int row = head_dim * 2;
+    const int queries = block_m() * row * (q_buffers + (own_output_buffer ? 1 : 0));
+    const int keys_and_values = 2 * stages * block_n * row;
+    constexpr int kBarriersAndTileSlots = 256;
+    constexpr int kAlignment = 1024;  // the dynamic base is only 16-byte aligned
+    return queries + keys_and_values + kBarriersAndTileSlots + kAlignment;
+  }
+};
+
+// `head_dim` is the size of the tile; smaller head dims run in the next larger one, where TMA fills
+// the missing columns with zeros on the way in and drops them on the way out.
+constexpr ForwardTile forward_tile(int head_dim, Mask) {
+  switch (head_dim) {
+    case 64:
+      // exp2, tensor cores and instruction issue are level at this head dim: a third warpgroup
+      // keeps one of them in its softmax while the others multiply.
+      return {.consumer_warpgroups = 3,
+              .block_n = 128,
+              .stages = 3,
+              .q_buffers = 2,
+              .own_output_buffer = true,
+              .query_in_registers = false,  // 160 registers do not hold it
+              .producer_registers = 32,
+              .consumer_registers = 160};
+    case 128:
+      return {.consumer_warpgroups = 2,
+              .block_n = 128,
+              .stages = 2,
+              .q_buffers = 2,
+              .own_output_buffer = true,
+              .query_in_registers = true,
+              .producer_registers = 40,
+              .consumer_registers = 232};
+    default:
+      // 256: O alone takes 128 registers a thread and Q 64 KB, so everything else is single.
+      return {.consumer_warpgroups = 2,
+              .block_n = 80,
+              .stages = 2,
+              .q_buffers = 1,
+              .own_output_buffer = false,
+              .query_in_registers = false,
+              .producer_registers = 40,
+              .consumer_registers = 232};
+  }
+}
+
+static_assert(forward_tile(64, Mask::kFull).shared_memory_bytes(64) <= kMaxSharedMemory);
+static_assert(forward_tile(128, Mask::kFull).shared_memory_bytes(128) <= kMaxSharedMemory);
+static_assert(forward_tile(256, Mask::kFull).shared_memory_bytes(256) <= kMaxSharedMemory);
+
+}  // namespace eqx_flash
