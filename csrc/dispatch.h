@@ -13,9 +13,11 @@
 
 namespace eqx_flash {
 
-// Launches one forward kernel. Defined in launch.cuh, instantiated once per generated file.
+// Launch the kernels of one pass. Defined in launch_*.cuh, instantiated in the generated files.
 template <typename Element, int kHeadDim, Mask kMask>
 cudaError_t run_forward(const ForwardParams& params, cudaStream_t stream);
+template <typename Element, int kHeadDim, Mask kMask>
+cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
 
 // Calls body.template operator()<kHeadDim>() with the smallest built tile that holds head_dim, and
 // returns false if there is none.

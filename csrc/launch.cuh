@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host side of a launch: tensor maps, grid, shared-memory limit. Nothing here allocates or
-// synchronises, so that XLA can capture the launch into a CUDA graph.
+// What every launch needs: tensor maps, the device, its shared-memory limit. Nothing in a launch
+// allocates or synchronises, so that XLA can capture the launch into a CUDA graph.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 
-#include "dispatch.h"
-#include "kernels/forward.cuh"
+#include "params.h"
+#include "sm90/tma.cuh"
+#include "tile_config.h"
 
 namespace eqx_flash {
 
@@ -34,33 +34,23 @@ cudaError_t allow_shared_memory(int device, int bytes) {
   return error;
 }
 
-template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t run_forward(const ForwardParams& params, cudaStream_t stream) {
-  using Kernel = ForwardKernel<Element, kHeadDim, kMask>;
-  constexpr auto* kKernel = &forward_kernel<Element, kHeadDim, kMask>;
-  constexpr int kSharedMemory = Kernel::kTile.shared_memory_bytes(kHeadDim);
+// Encodes the maps of a launch one after the other and keeps the first error.
+template <typename Element>
+struct TensorMapEncoder {
+  cudaError_t error = cudaSuccess;
 
-  DeviceInfo device;
-  ForwardArguments args{.params = params, .order = make_tile_order(params, Kernel::kBlockM)};
-  const sm90::TensorShape queries{params.batch, params.seq_q, params.heads, params.head_dim};
-  const sm90::TensorShape keys{params.batch, params.seq_k, params.heads_k, params.head_dim};
-  auto encode = sm90::encode_tensor_map<Element>;
-  cudaError_t error;
-  if ((error = current_device(&device)) != cudaSuccess) return error;
-  if ((error = encode(&args.q, params.q, queries, kWarpgroupRows)) != cudaSuccess) return error;
-  if ((error = encode(&args.k, params.k, keys, Kernel::kBlockN)) != cudaSuccess) return error;
-  if ((error = encode(&args.v, params.v, keys, Kernel::kBlockN)) != cudaSuccess) return error;
-  if ((error = encode(&args.out, params.out, queries, kWarpgroupRows)) != cudaSuccess) return error;
-  error = allow_shared_memory<kKernel>(device.ordinal, kSharedMemory);
-  if (error != cudaSuccess) return error;
-  if constexpr (Kernel::kDynamicTiles) {
-    error = cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream);
-    if (error != cudaSuccess) return error;
+  void operator()(CUtensorMap* map, const void* data, sm90::TensorShape shape, int box_rows) {
+    if (error == cudaSuccess) {
+      error = sm90::encode_tensor_map<Element>(map, data, shape, box_rows);
+    }
   }
-  const int grid = std::min(args.order.tiles, device.multiprocessors);
-  forward_kernel<Element, kHeadDim, kMask>
-      <<<grid, Kernel::kTile.threads(), kSharedMemory, stream>>>(args);
-  return cudaGetLastError();
+};
+
+inline sm90::TensorShape query_shape(const ForwardParams& params) {
+  return {params.batch, params.seq_q, params.heads, params.head_dim};
+}
+inline sm90::TensorShape key_shape(const ForwardParams& params) {
+  return {params.batch, params.seq_k, params.heads_k, params.head_dim};
 }
 
 }  // namespace eqx_flash

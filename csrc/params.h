@@ -26,4 +26,21 @@ struct ForwardParams {
   int diagonal;  // causal: query t sees the keys s <= t + diagonal
 };
 
+// The backward pass reads everything the forward has, O and LSE included.
+struct BackwardParams {
+  ForwardParams forward;
+  const void* dout;   // [batch, seq_q, heads, head_dim]
+  const float* dlse;  // [batch, heads, seq_q]
+  void* dq;           // [batch, seq_q, heads, head_dim]
+  void* dk;           // [batch, seq_k, heads_k, head_dim]
+  void* dv;           // [batch, seq_k, heads_k, head_dim]
+
+  int padded_seq_q;         // seq_q rounded up to kQueryPadding
+  float* lse_log2;          // [batch, heads, padded_seq_q], scratch; +inf for rows that see nothing
+  float* dlse_minus_delta;  // [batch, heads, padded_seq_q], scratch
+};
+
+// The scratch rows of a query block are read as a whole: every query tile divides this.
+inline constexpr int kQueryPadding = 128;
+
 }  // namespace eqx_flash

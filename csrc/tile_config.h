@@ -68,6 +68,42 @@ constexpr ForwardTile forward_tile(int head_dim, Mask) {
   }
 }
 
+// The deterministic backward is two kernels, each with one accumulation order: dK and dV with a key
+// block stationary, dQ with a query block stationary. Two consumer warpgroups in both.
+struct BackwardTile {
+  int block_m;   // queries per step of the dK/dV kernel, queries per block of the dQ kernel
+  int block_n;   // keys per block of the dK/dV kernel, keys per step of the dQ kernel
+  int k_stages;  // of the operand that two products of a step read
+  int v_stages;
+};
+
+constexpr int kBackwardThreads = 3 * 128;
+constexpr int kBackwardProducerRegisters = 24;
+constexpr int kBackwardConsumerRegisters = 240;
+
+constexpr BackwardTile backward_dq_tile(int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return {.block_m = 128, .block_n = 128, .k_stages = 2, .v_stages = 2};
+    case 128:
+      // 128 keys would leave no register beside S, dP, dS and dQ.
+      return {.block_m = 128, .block_n = 96, .k_stages = 2, .v_stages = 2};
+    default:
+      return {.block_m = 128, .block_n = 64, .k_stages = 2, .v_stages = 1};
+  }
+}
+
+constexpr BackwardTile backward_dkdv_tile(int head_dim) {
+  switch (head_dim) {
+    case 64:
+    case 128:
+      return {.block_m = 64, .block_n = 128, .k_stages = 2, .v_stages = 2};
+    default:
+      // dK and dV take 128 registers each: one warpgroup for one, over 64 keys.
+      return {.block_m = 64, .block_n = 64, .k_stages = 2, .v_stages = 2};
+  }
+}
+
 static_assert(forward_tile(64, Mask::kFull).shared_memory_bytes(64) <= kMaxSharedMemory);
 static_assert(forward_tile(128, Mask::kFull).shared_memory_bytes(128) <= kMaxSharedMemory);
 static_assert(forward_tile(256, Mask::kFull).shared_memory_bytes(256) <= kMaxSharedMemory);

@@ -5,6 +5,7 @@
 #include "ffi/handlers.h"
 
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 
 #include "dispatch.h"
@@ -15,84 +16,160 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-using Lse = ffi::Buffer<ffi::F32, 3>;
+using RowStats = ffi::Buffer<ffi::F32, 3>;  // a float for each query row
 using Counter = ffi::Buffer<ffi::S32, 1>;
+using Dims = ffi::Span<const int64_t>;
 
-ffi::Error check_forward(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v,
-                         const ffi::AnyBuffer& out, ffi::Span<const int64_t> lse,
-                         float softmax_scale) {
-  const auto dtype = q.element_type();
-  if (dtype != ffi::BF16 && dtype != ffi::F16) return invalid_argument("q must be bf16 or f16");
-  for (const auto* buffer : {&k, &v, &out}) {
-    if (buffer->element_type() != dtype) return invalid_argument("q, k, v, out differ in dtype");
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+
+// All buffers have the dtype and the shape of the first.
+ffi::Error check_alike(std::initializer_list<const ffi::AnyBuffer*> buffers, const char* names) {
+  const ffi::AnyBuffer& first = **buffers.begin();
+  for (const auto* buffer : buffers) {
+    if (buffer->element_type() != first.element_type() ||
+        buffer->dimensions() != first.dimensions()) {
+      return invalid_argument(std::string(names) + " differ in dtype or shape");
+    }
   }
-  for (const auto* buffer : {&q, &k, &v, &out}) {
-    if (buffer->dimensions().size() != 4) return invalid_argument("q, k, v, out must have rank 4");
-    for (const int64_t dim : buffer->dimensions()) {
-      if (dim < 1 || dim > std::numeric_limits<int32_t>::max()) {
+  return ffi::Error::Success();
+}
+
+ffi::Error check_operands(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, float softmax_scale) {
+  if (q.element_type() != ffi::BF16 && q.element_type() != ffi::F16) {
+    return invalid_argument("q must be bf16 or f16");
+  }
+  if (k.element_type() != q.element_type()) return invalid_argument("q and k differ in dtype");
+  const Dims qd = q.dimensions(), kd = k.dimensions();
+  if (qd.size() != 4 || kd.size() != 4) return invalid_argument("q and k must have rank 4");
+  for (const Dims dims : {qd, kd}) {
+    for (const int64_t dim : dims) {
+      if (dim < 1 || dim > kMaxInt) {
         return invalid_argument("a dimension is zero or over 2^31 - 1: " + std::to_string(dim));
       }
     }
   }
-  const auto qd = q.dimensions(), kd = k.dimensions();
-  if (v.dimensions() != kd) return invalid_argument("k and v differ in shape");
-  if (out.dimensions() != qd) return invalid_argument("q and out differ in shape");
   if (kd[0] != qd[0] || kd[3] != qd[3]) {
     return invalid_argument("q and k differ in batch or head_dim");
   }
   if (qd[2] % kd[2] != 0) return invalid_argument("heads is not a multiple of heads_k");
   if (qd[3] % 8 != 0) return invalid_argument("head_dim is not a multiple of 8");
-  if (lse[0] != qd[0] || lse[1] != qd[2] || lse[2] != qd[1]) {
-    return invalid_argument("lse is not [batch, heads, seq_q]");
-  }
   // A tile has at least 64 rows: their number, and each coordinate, stays below 2^31.
-  if (qd[0] * qd[2] * ((qd[1] + 63) / 64) > std::numeric_limits<int32_t>::max()) {
-    return invalid_argument("more than 2^31 - 1 tiles of 64 queries");
+  for (const Dims dims : {qd, kd}) {
+    if (dims[0] * dims[2] * ((dims[1] + 63) / 64) > kMaxInt) {
+      return invalid_argument("more than 2^31 - 1 tiles of 64 rows");
+    }
   }
   if (!(softmax_scale > 0)) return invalid_argument("softmax_scale must be positive");
   return ffi::Error::Success();
 }
 
+ffi::Error check_row_stats(Dims stats, Dims q, int64_t rows, const char* name) {
+  if (stats[0] == q[0] && stats[1] == q[2] && stats[2] == rows) return ffi::Error::Success();
+  return invalid_argument(std::string(name) + " is not [batch, heads, " + std::to_string(rows) +
+                          "]");
+}
+
+// The first failure, if any.
+ffi::Error all(std::initializer_list<ffi::Error> checks) {
+  for (const ffi::Error& check : checks) {
+    if (check.failure()) return check;
+  }
+  return ffi::Error::Success();
+}
+
+ForwardParams make_params(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v,
+                          const ffi::AnyBuffer& out, float* lse, float softmax_scale, bool causal,
+                          bool bottom_right) {
+  const Dims qd = q.dimensions(), kd = k.dimensions();
+  return {.q = q.untyped_data(),
+          .k = k.untyped_data(),
+          .v = v.untyped_data(),
+          .out = out.untyped_data(),
+          .lse = lse,
+          .tile_counter = nullptr,
+          .batch = static_cast<int>(qd[0]),
+          .seq_q = static_cast<int>(qd[1]),
+          .seq_k = static_cast<int>(kd[1]),
+          .heads = static_cast<int>(qd[2]),
+          .heads_k = static_cast<int>(kd[2]),
+          .head_dim = static_cast<int>(qd[3]),
+          .softmax_scale = softmax_scale,
+          .mask = causal ? Mask::kCausal : Mask::kFull,
+          .diagonal = bottom_right ? static_cast<int>(kd[1] - qd[1]) : 0};
+}
+
+// Calls launch.template operator()<Element, kHeadDim, kMask>() for the kernel that fits.
+template <typename Launch>
+ffi::Error dispatch(ffi::DataType dtype, const ForwardParams& shape, const char* doing,
+                    Launch&& launch) {
+  cudaError_t launched = cudaSuccess;
+  const bool built = with_head_dim_tile(shape.head_dim, [&]<int kHeadDim>() {
+    with_mask(shape.mask, [&]<Mask kMask>() {
+      launched = dtype == ffi::BF16 ? launch.template operator()<__nv_bfloat16, kHeadDim, kMask>()
+                                    : launch.template operator()<__half, kHeadDim, kMask>();
+    });
+  });
+  if (built) return from_cuda(launched, doing);
+  return invalid_argument("head_dim " + std::to_string(shape.head_dim) +
+                          " is over the largest that was built (" EQX_FLASH_HEAD_DIMS_LIST ")");
+}
+
 ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<Lse> lse,
+                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<RowStats> lse,
                    ffi::Result<Counter> tile_counter, float softmax_scale, bool causal,
                    bool bottom_right) {
-  if (auto error = check_forward(q, k, v, *out, lse->dimensions(), softmax_scale);
+  if (auto error = check_operands(q, k, softmax_scale); error.failure()) return error;
+  const Dims qd = q.dimensions();
+  if (auto error = all({check_alike({&k, &v}, "k and v"), check_alike({&q, &*out}, "q and out"),
+                        check_row_stats(lse->dimensions(), qd, qd[1], "lse")});
       error.failure()) {
     return error;
   }
-  const auto qd = q.dimensions(), kd = k.dimensions();
-  const ForwardParams params{.q = q.untyped_data(),
-                             .k = k.untyped_data(),
-                             .v = v.untyped_data(),
-                             .out = out->untyped_data(),
-                             .lse = lse->typed_data(),
-                             .tile_counter = tile_counter->typed_data(),
-                             .batch = static_cast<int>(qd[0]),
-                             .seq_q = static_cast<int>(qd[1]),
-                             .seq_k = static_cast<int>(kd[1]),
-                             .heads = static_cast<int>(qd[2]),
-                             .heads_k = static_cast<int>(kd[2]),
-                             .head_dim = static_cast<int>(qd[3]),
-                             .softmax_scale = softmax_scale,
-                             .mask = causal ? Mask::kCausal : Mask::kFull,
-                             .diagonal = bottom_right ? static_cast<int>(kd[1] - qd[1]) : 0};
-  cudaError_t launched = cudaSuccess;
-  const bool built = with_head_dim_tile(params.head_dim, [&]<int kHeadDim>() {
-    with_mask(params.mask, [&]<Mask kMask>() {
-      launched = q.element_type() == ffi::BF16
-                     ? run_forward<__nv_bfloat16, kHeadDim, kMask>(params, stream)
-                     : run_forward<__half, kHeadDim, kMask>(params, stream);
-    });
-  });
-  if (!built) {
-    return invalid_argument("head_dim " + std::to_string(params.head_dim) +
-                            " is over the largest that was built (" EQX_FLASH_HEAD_DIMS_LIST ")");
-  }
-  return from_cuda(launched, "launching the forward kernel");
+  ForwardParams params =
+      make_params(q, k, v, *out, lse->typed_data(), softmax_scale, causal, bottom_right);
+  params.tile_counter = tile_counter->typed_data();
+  return dispatch(q.element_type(), params, "launching the forward kernel",
+                  [&]<typename Element, int kHeadDim, Mask kMask>() {
+                    return run_forward<Element, kHeadDim, kMask>(params, stream);
+                  });
 }
 
-// Nothing in the handler allocates or waits, so XLA may capture the call into a CUDA graph.
+ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                    ffi::AnyBuffer out, RowStats lse, ffi::AnyBuffer dout, RowStats dlse,
+                    ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
+                    ffi::Result<ffi::AnyBuffer> dv, ffi::Result<RowStats> lse_log2,
+                    ffi::Result<RowStats> dlse_minus_delta, float softmax_scale, bool causal,
+                    bool bottom_right) {
+  if (auto error = check_operands(q, k, softmax_scale); error.failure()) return error;
+  const Dims qd = q.dimensions();
+  const int64_t padded = (qd[1] + kQueryPadding - 1) / kQueryPadding * kQueryPadding;
+  if (auto error =
+          all({check_alike({&k, &v, &*dk, &*dv}, "k, v, dk and dv"),
+               check_alike({&q, &out, &dout, &*dq}, "q, out, dout and dq"),
+               check_row_stats(lse.dimensions(), qd, qd[1], "lse"),
+               check_row_stats(dlse.dimensions(), qd, qd[1], "dlse"),
+               check_row_stats(lse_log2->dimensions(), qd, padded, "lse_log2"),
+               check_row_stats(dlse_minus_delta->dimensions(), qd, padded, "dlse_minus_delta")});
+      error.failure()) {
+    return error;
+  }
+  const BackwardParams params{
+      .forward = make_params(q, k, v, out, lse.typed_data(), softmax_scale, causal, bottom_right),
+      .dout = dout.untyped_data(),
+      .dlse = dlse.typed_data(),
+      .dq = dq->untyped_data(),
+      .dk = dk->untyped_data(),
+      .dv = dv->untyped_data(),
+      .padded_seq_q = static_cast<int>(padded),
+      .lse_log2 = lse_log2->typed_data(),
+      .dlse_minus_delta = dlse_minus_delta->typed_data()};
+  return dispatch(q.element_type(), params.forward, "launching the backward kernels",
+                  [&]<typename Element, int kHeadDim, Mask kMask>() {
+                    return run_backward<Element, kHeadDim, kMask>(params, stream);
+                  });
+}
+
+// Nothing in the handlers allocates or waits, so XLA may capture the calls into a CUDA graph.
 XLA_FFI_DEFINE_HANDLER(kForward, forward,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
@@ -100,8 +177,28 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
                            .Arg<ffi::AnyBuffer>()  // k
                            .Arg<ffi::AnyBuffer>()  // v
                            .Ret<ffi::AnyBuffer>()  // out
-                           .Ret<Lse>()
-                           .Ret<Counter>()
+                           .Ret<RowStats>()        // lse
+                           .Ret<Counter>()         // tile_counter
+                           .Attr<float>("softmax_scale")
+                           .Attr<bool>("causal")
+                           .Attr<bool>("bottom_right"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kBackward, backward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Arg<ffi::AnyBuffer>()  // q
+                           .Arg<ffi::AnyBuffer>()  // k
+                           .Arg<ffi::AnyBuffer>()  // v
+                           .Arg<ffi::AnyBuffer>()  // out
+                           .Arg<RowStats>()        // lse
+                           .Arg<ffi::AnyBuffer>()  // dout
+                           .Arg<RowStats>()        // dlse
+                           .Ret<ffi::AnyBuffer>()  // dq
+                           .Ret<ffi::AnyBuffer>()  // dk
+                           .Ret<ffi::AnyBuffer>()  // dv
+                           .Ret<RowStats>()        // lse_log2, scratch
+                           .Ret<RowStats>()        // dlse_minus_delta, scratch
                            .Attr<float>("softmax_scale")
                            .Attr<bool>("causal")
                            .Attr<bool>("bottom_right"),
@@ -110,5 +207,6 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
 }  // namespace
 
 void* forward_handler() { return reinterpret_cast<void*>(kForward); }
+void* backward_handler() { return reinterpret_cast<void*>(kBackward); }
 
 }  // namespace eqx_flash

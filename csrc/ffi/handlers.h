@@ -5,5 +5,6 @@
 namespace eqx_flash {
 
 void* forward_handler();
+void* backward_handler();
 
 }  // namespace eqx_flash

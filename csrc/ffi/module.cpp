@@ -18,6 +18,7 @@ nb::dict registrations() {
   nb::dict targets;
 #if EQX_FLASH_WITH_CUDA
   targets["eqx_flash_forward"] = nb::capsule(forward_handler(), "xla._CUSTOM_CALL_TARGET");
+  targets["eqx_flash_backward"] = nb::capsule(backward_handler(), "xla._CUSTOM_CALL_TARGET");
 #endif
   return targets;
 }

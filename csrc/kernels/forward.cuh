@@ -24,7 +24,7 @@ namespace eqx_flash {
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
   ForwardParams params;
-  TileOrder order;
+  BlockOrder order;
 };
 
 template <typename Element, int kHeadDim, Mask kMask>

@@ -48,4 +48,46 @@ EQX_DEVICE void apply_mask(float (&scores)[kBlockN / 2], int row, int n_block, i
   }
 }
 
+// The query blocks [first, end) that see something of a key block, and, of those, where the
+// blocks begin that need no mask. The end of the keys needs the mask in every block.
+struct QueryBlocks {
+  int first;
+  int first_unmasked;
+  int end;
+};
+
+template <Mask kMask, int kBlockM, int kBlockN>
+EQX_DEVICE QueryBlocks query_blocks(int n_block, int seq_q, int seq_k, int diagonal) {
+  QueryBlocks blocks{0, 0, (seq_q + kBlockM - 1) / kBlockM};
+  const int first_key = n_block * kBlockN;
+  if constexpr (kMask == Mask::kCausal) {
+    const int first_query = max(0, first_key - diagonal);
+    const int first_query_for_all = max(0, first_key + kBlockN - 1 - diagonal);
+    blocks.first = min(blocks.end, first_query / kBlockM);
+    blocks.first_unmasked = min(blocks.end, (first_query_for_all + kBlockM - 1) / kBlockM);
+  }
+  if (first_key + kBlockN > seq_k) blocks.first_unmasked = blocks.end;
+  return blocks;
+}
+
+// The same as apply_mask for transposed scores: rows are keys, columns are queries.
+// `key` is this thread's first key.
+template <Mask kMask, int kBlockM>
+EQX_DEVICE void apply_mask_transposed(float (&scores)[kBlockM / 2], int key, int m_block, int seq_k,
+                                      int diagonal) {
+  const int first_query = m_block * kBlockM + sm90::accumulator_col(threadIdx.x);
+  int hidden[2];  // of this thread's two keys: queries that do not see it, counted from the first
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int k = key + 8 * r;
+    hidden[r] = kMask == Mask::kCausal ? k - diagonal - first_query : 0;
+    if (k >= seq_k) hidden[r] = kBlockM;
+  }
+#pragma unroll
+  for (int i = 0; i < kBlockM / 2; ++i) {
+    const int col = (i / 4) * 8 + i % 2;
+    scores[i] = col < hidden[(i / 2) % 2] ? -INFINITY : scores[i];
+  }
+}
+
 }  // namespace eqx_flash

@@ -11,37 +11,68 @@
 
 namespace eqx_flash {
 
-// Tiles are numbered so that those in flight together share K and V in L2: sections of a few
-// heads, inside a section query blocks from the longest to the shortest (causal), heads fastest.
-// The shortest query blocks of all heads come last of all and fill the tail of the grid.
-struct TileOrder {
-  int tiles;
-  int m_blocks;       // query blocks per head
-  int tail_m_blocks;  // of those, the first (shortest) ones that are kept for the end
-  int batch_heads;
-  int section_heads;
+struct RankedHead {
+  int rank;  // of the block inside its head; 0 is the longest
+  int batch_head;
 };
 
-inline TileOrder make_tile_order(const ForwardParams& params, int block_m) {
-  const bool causal = params.mask == Mask::kCausal;
-  TileOrder order;
-  order.m_blocks = (params.seq_q + block_m - 1) / block_m;
-  order.batch_heads = params.batch * params.heads;
-  order.tiles = order.m_blocks * order.batch_heads;
-  // Below 16 blocks a head, a quarter of them is too little work to level anything.
-  order.tail_m_blocks = causal && order.m_blocks >= 16 ? order.m_blocks / 4 : 0;
-  // Full: equal tiles need no mixing of heads, and one head at a time reuses its K and V best.
-  // Causal: sections of 16 MB (below 2k keys) or 40 MB measured best on the H100's 50 MB of L2.
-  const int64_t budget = !causal ? 0 : (params.seq_k < 2048 ? 16 : 40) * int64_t{1 << 20};
-  // K and V, 16-bit, shared by a group of query heads.
-  const int64_t head_bytes =
-      int64_t{params.seq_k} * params.head_dim * 4 / (params.heads / params.heads_k);
-  order.section_heads = 1;
-  while (order.section_heads * 2 * head_bytes <= budget &&
-         order.section_heads * 2 <= order.batch_heads) {
+// Blocks are numbered so that those in flight together share what they read in L2: sections of a
+// few heads, inside a section blocks from the longest to the shortest (causal), heads fastest.
+// The shortest blocks of all heads may be kept for the very end, to fill the tail of the grid.
+struct BlockOrder {
+  int total;
+  int blocks;       // per head
+  int tail_blocks;  // of those, the shortest ones that are kept for the end
+  int batch_heads;
+  int section_heads;
+
+  EQX_DEVICE RankedHead place(int index) const {
+    const int body_blocks = blocks - tail_blocks;
+    const int tail_start = body_blocks * batch_heads;
+    if (index >= tail_start) {
+      const int in_tail = index - tail_start;
+      const int rank = in_tail / batch_heads;
+      return {body_blocks + rank, in_tail - rank * batch_heads};
+    }
+    const int section_total = section_heads * body_blocks;
+    const int section = index / section_total;
+    const int in_section = index - section * section_total;
+    const int first_head = section * section_heads;
+    const int heads = min(section_heads, batch_heads - first_head);
+    const int rank = in_section / heads;
+    return {rank, first_head + in_section - rank * heads};
+  }
+};
+
+// Sections hold as many heads as read `section_bytes` together; at least one.
+inline BlockOrder make_block_order(int blocks, int tail_blocks, int batch_heads, int64_t head_bytes,
+                                   int64_t section_bytes) {
+  BlockOrder order{.total = blocks * batch_heads,
+                   .blocks = blocks,
+                   .tail_blocks = tail_blocks,
+                   .batch_heads = batch_heads,
+                   .section_heads = 1};
+  while (order.section_heads * 2 * head_bytes <= section_bytes &&
+         order.section_heads * 2 <= batch_heads) {
     order.section_heads *= 2;
   }
   return order;
+}
+
+// Query blocks of the forward pass.
+inline BlockOrder make_forward_order(const ForwardParams& params, int block_m) {
+  const bool causal = params.mask == Mask::kCausal;
+  const int blocks = (params.seq_q + block_m - 1) / block_m;
+  // Below 16 blocks a head, a quarter of them is too little work to level anything.
+  const int tail_blocks = causal && blocks >= 16 ? blocks / 4 : 0;
+  // K and V, 16-bit, shared by a group of query heads.
+  const int64_t head_bytes =
+      int64_t{params.seq_k} * params.head_dim * 4 / (params.heads / params.heads_k);
+  // Full: equal blocks need no mixing of heads, and one head at a time reuses its K and V best.
+  // Causal: sections of 16 MB (below 2k keys) or 40 MB measured best on the H100's 50 MB of L2.
+  const int64_t section_bytes = !causal ? 0 : (params.seq_k < 2048 ? 16 : 40) * int64_t{1 << 20};
+  return make_block_order(blocks, tail_blocks, params.batch * params.heads, head_bytes,
+                          section_bytes);
 }
 
 struct WorkTile {
@@ -54,28 +85,14 @@ struct WorkTile {
 };
 
 template <Mask kMask, int kBlockM, int kBlockN>
-EQX_DEVICE WorkTile decode_tile(const TileOrder& order, const ForwardParams& params, int tile) {
+EQX_DEVICE WorkTile decode_tile(const BlockOrder& order, const ForwardParams& params, int tile) {
+  const RankedHead at = order.place(tile);
   WorkTile work;
-  work.valid = tile < order.tiles;
-  const int body_m_blocks = order.m_blocks - order.tail_m_blocks;
-  const int tail_start = body_m_blocks * order.batch_heads;
-  int rank;  // 0 is the longest query block
-  if (tile >= tail_start) {
-    const int in_tail = tile - tail_start;
-    rank = body_m_blocks + in_tail / order.batch_heads;
-    work.batch_head = in_tail % order.batch_heads;
-  } else {
-    const int section_tiles = order.section_heads * body_m_blocks;
-    const int section = tile / section_tiles;
-    const int in_section = tile - section * section_tiles;
-    const int first_head = section * order.section_heads;
-    const int heads = min(order.section_heads, order.batch_heads - first_head);
-    rank = in_section / heads;
-    work.batch_head = first_head + in_section - rank * heads;
-  }
-  work.m_block = kMask == Mask::kCausal ? order.m_blocks - 1 - rank : rank;
-  work.batch = work.batch_head / params.heads;
-  work.head = work.batch_head - work.batch * params.heads;
+  work.valid = tile < order.total;
+  work.m_block = kMask == Mask::kCausal ? order.blocks - 1 - at.rank : at.rank;
+  work.batch_head = at.batch_head;
+  work.batch = at.batch_head / params.heads;
+  work.head = at.batch_head - work.batch * params.heads;
   work.keys = key_blocks<kMask, kBlockM, kBlockN>(work.m_block, params.seq_k, params.diagonal);
   return work;
 }

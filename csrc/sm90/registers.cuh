@@ -43,6 +43,16 @@ EQX_DEVICE uint32_t pack<__half>(float low, float high) {
   return pair;
 }
 
+// Two consecutive floats from shared memory.
+EQX_DEVICE float2 load_shared_pair(uint32_t address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(pair.x), "=f"(pair.y)
+               : "r"(address)
+               : "memory");
+  return pair;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 EQX_DEVICE void load_matrix_x4(uint32_t address, uint32_t* registers) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -44,6 +44,25 @@ EQX_DEVICE void tma_load(const CUtensorMap& map, uint32_t destination, uint32_t 
       : "memory");
 }
 
+// The same without a word on L2.
+EQX_DEVICE void tma_load(const CUtensorMap& map, uint32_t destination, uint32_t full,
+                         TmaCoordinates at) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
+      "l"(&map), "r"(full), "r"(at.col), "r"(at.row), "r"(at.head), "r"(at.batch)
+      : "memory");
+}
+
+// Loads contiguous bytes (a multiple of 16, 16-byte aligned at both ends).
+EQX_DEVICE void bulk_load(const void* source, uint32_t destination, uint32_t full, uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(full)
+      : "memory");
+}
+
 // Stores one box, dropping what lies outside. Part of the thread's current bulk group.
 EQX_DEVICE void tma_store(const CUtensorMap& map, uint32_t source, TmaCoordinates at) {
   asm volatile(

@@ -38,24 +38,26 @@ EQX_DEVICE void wgmma_wait() {
 EQX_DEVICE int accumulator_row(int thread) { return (thread / kWarp) * 16 + (thread % kWarp) / 4; }
 EQX_DEVICE int accumulator_col(int thread) { return (thread % 4) * 2; }
 
-// D (+)= A B^T with A [64, kCols] and B [N, kCols] both K-major in shared memory.
-template <typename Element, typename TileA, typename TileB>
+// D = A B^T, or D += A B^T with kAccumulate: A [64, kCols] and B [N, kCols] K-major in shared
+// memory.
+template <typename Element, typename TileA, typename TileB, bool kAccumulate = false>
 EQX_DEVICE void mma_shared_k_major(float (&acc)[TileB::kRows / 2], Descriptor a, Descriptor b) {
 #pragma unroll
   for (int k = 0; k < TileA::kCols / 16; ++k) {
     WgmmaAtom<Element, TileB::kRows, Major::kK>::shared(acc, (a + TileA::k_major_step(k)).bits(),
-                                                        (b + TileB::k_major_step(k)).bits(), k > 0);
+                                                        (b + TileB::k_major_step(k)).bits(),
+                                                        kAccumulate || k > 0);
   }
 }
 
 // The same with A in registers.
-template <typename Element, typename TileB>
+template <typename Element, typename TileB, bool kAccumulate = false>
 EQX_DEVICE void mma_registers_k_major(float (&acc)[TileB::kRows / 2],
                                       const uint32_t (&a)[TileB::kCols / 4], Descriptor b) {
 #pragma unroll
   for (int k = 0; k < TileB::kCols / 16; ++k) {
     WgmmaAtom<Element, TileB::kRows, Major::kK>::registers(
-        acc, a + 4 * k, (b + TileB::k_major_step(k)).bits(), k > 0);
+        acc, a + 4 * k, (b + TileB::k_major_step(k)).bits(), kAccumulate || k > 0);
   }
 }
 

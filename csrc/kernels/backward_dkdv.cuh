@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward kernel of dK and dV: a block of keys stays, the queries of all heads that share it
+// pass by (FlashAttention-2, Dao 2023, section 3.1.2).
+//
+// Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T lie in registers as the left
+// operands of dV += P^T dO and dK += dS^T Q. One accumulation order: bitwise reproducible.
+#pragma once
+
+#include "kernels/epilogue.cuh"
+#include "kernels/mask.cuh"
+#include "kernels/scheduler.cuh"
+#include "params.h"
+#include "sm90/barrier.cuh"
+#include "sm90/registers.cuh"
+#include "sm90/smem_tile.cuh"
+#include "sm90/tma.cuh"
+#include "sm90/wgmma.cuh"
+#include "tile_config.h"
+
+namespace eqx_flash {
+
+struct BackwardDkdvArguments {
+  CUtensorMap q, dout, k, v, dk, dv;
+  BackwardParams params;
+  BlockOrder order;
+};
+
+template <typename Element, int kHeadDim, Mask kMask>
+struct BackwardDkdvKernel {
+  static constexpr BackwardTile kTile = backward_dkdv_tile(kHeadDim);
+  static constexpr int kBlockM = kTile.block_m;
+  static constexpr int kBlockN = kTile.block_n;
+  static constexpr int kKeySlabs = kBlockN / kWarpgroupRows;
+  static constexpr int kConsumerWarps = 8;
+  // Two slabs: each warpgroup computes dK and dV of its own 64 keys. One slab: the accumulators
+  // are too large for that, and one warpgroup computes dV, the other dK.
+  static constexpr bool kSplitOutputs = kKeySlabs == 1;
+  using QueryTile = sm90::SmemTile<kBlockM, kHeadDim>;       // of Q, or of dO
+  using KeySlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // 64 keys of K, V, dK, or dV
+  using Cursor = sm90::Cursor<kTile.k_stages>;
+  static_assert(kTile.k_stages == kTile.v_stages);
+
+  struct Smem {
+    static constexpr uint32_t kKeyBytes = kKeySlabs * KeySlab::kBytes;
+    static constexpr uint32_t kStatBytes = kBlockM * 4;  // a float for each query
+    static constexpr uint32_t kProbabilityBytes = kSplitOutputs ? kBlockM * kBlockN * 4 : 0;
+    static constexpr uint32_t kQ = 2 * kKeyBytes;
+    static constexpr uint32_t kDout = kQ + kTile.k_stages * QueryTile::kBytes;
+    static constexpr uint32_t kProbabilities = kDout + kTile.k_stages * QueryTile::kBytes;
+    static constexpr uint32_t kStats = kProbabilities + 2 * kProbabilityBytes;
+    static constexpr uint32_t kBarriers = kStats + 2 * kTile.k_stages * kStatBytes;
+    static constexpr int kBytes = kBarriers + 192 + 1024;  // barriers, alignment
+    static_assert(kBytes <= kMaxSharedMemory);
+    uint32_t k, v, lse_log2, dlse_minus_delta;
+    sm90::Ring<kTile.k_stages> q, dout;
+    sm90::Ring<2> probabilities;
+    sm90::Barrier keys_full;
+
+    EQX_DEVICE explicit Smem(const void* dynamic) {
+      constexpr uint32_t kRingBarriers = sm90::Ring<kTile.k_stages>::kBarrierBytes;
+      const uint32_t base = (sm90::shared_address(dynamic) + 1023) & ~1023u;
+      k = base;
+      v = base + kKeyBytes;
+      lse_log2 = base + kStats;
+      dlse_minus_delta = lse_log2 + kTile.k_stages * kStatBytes;
+      q = {base + kQ, QueryTile::kBytes, base + kBarriers};
+      dout = {base + kDout, QueryTile::kBytes, base + kBarriers + kRingBarriers};
+      probabilities = {base + kProbabilities, kProbabilityBytes,
+                       base + kBarriers + 2 * kRingBarriers};
+      keys_full = {probabilities.barriers + sm90::Ring<2>::kBarrierBytes};
+    }
+    EQX_DEVICE void init_barriers() const {
+      q.init(kConsumerWarps);
+      dout.init(kConsumerWarps);
+      for (int stage = 0; stage < 2; ++stage) {
+        probabilities.full(stage).init(sm90::kWarpgroup);
+        probabilities.empty(stage).init(sm90::kWarpgroup);
+      }
+      keys_full.init(1);
+      sm90::fence_barrier_init();
+    }
+  };
+
+  // This thread block's keys, and the queries that see them.
+  struct Block {
+    int n_block;
+    int key_head;
+    int batch;
+    QueryBlocks queries;
+    int steps;  // query blocks of all heads of the group
+  };
+  EQX_DEVICE static Block block(const BackwardDkdvArguments& args) {
+    const ForwardParams& shape = args.params.forward;
+    const RankedHead place = args.order.place(blockIdx.x);
+    Block block;
+    block.n_block = sm90::warp_uniform(place.rank);  // causal: the first keys are seen by most
+    block.batch = place.batch_head / shape.heads_k;
+    block.key_head = place.batch_head - block.batch * shape.heads_k;
+    block.queries = query_blocks<kMask, kBlockM, kBlockN>(block.n_block, shape.seq_q, shape.seq_k,
+                                                          shape.diagonal);
+    block.steps = (block.queries.end - block.queries.first) * (shape.heads / shape.heads_k);
+    return block;
+  }
+
+  // ------------------------------------------------------------------------------------ producer
+
+  EQX_DEVICE static void produce(const BackwardDkdvArguments& args, const Smem& smem) {
+    const BackwardParams& params = args.params;
+    const ForwardParams& shape = params.forward;
+    const Block at = block(args);
+    smem.keys_full.arrive_and_expect(2 * Smem::kKeyBytes);
+    for (int w = 0; w < kKeySlabs; ++w) {
+      for (int s = 0; s < KeySlab::kSlabs; ++s) {
+        const uint32_t offset = w * KeySlab::kBytes + s * KeySlab::kSlabBytes;
+        const sm90::TmaCoordinates from{s * KeySlab::kSlabCols,
+                                        at.n_block * kBlockN + w * kWarpgroupRows, at.key_head,
+                                        at.batch};
+        sm90::tma_load(args.k, smem.k + offset, smem.keys_full.address, from);
+        sm90::tma_load(args.v, smem.v + offset, smem.keys_full.address, from);
+      }
+    }
+    Cursor cursor;
+    auto load = [&](const CUtensorMap& map, const auto& ring, const float* stats,
+                    uint32_t stats_buffer, int m_block, int head) {
+      ring.wait_empty(cursor);  // all consumers are done with the block this stage held
+      const sm90::Barrier full = ring.full(cursor.stage);
+      full.arrive_and_expect(QueryTile::kBytes + Smem::kStatBytes);
+      const int64_t row =
+          (int64_t{at.batch} * shape.heads + head) * params.padded_seq_q + m_block * kBlockM;
+      sm90::bulk_load(stats + row, stats_buffer + cursor.stage * Smem::kStatBytes, full.address,
+                      Smem::kStatBytes);
+      for (int s = 0; s < QueryTile::kSlabs; ++s) {
+        sm90::tma_load(map, ring.buffer(cursor.stage) + s * QueryTile::kSlabBytes, full.address,
+                       {s * QueryTile::kSlabCols, m_block * kBlockM, head, at.batch});
+      }
+    };
+    const int group = shape.heads / shape.heads_k;
+    for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
+#pragma unroll 1
+      for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
+        load(args.q, smem.q, params.lse_log2, smem.lse_log2, m_block, head);
+        load(args.dout, smem.dout, params.dlse_minus_delta, smem.dlse_minus_delta, m_block, head);
+        cursor.advance();
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------------- steps of the consumers
+
+  struct Consumer {
+    const BackwardDkdvArguments& args;
+    const Smem& smem;
+    const Block at;
+    const int thread = threadIdx.x % sm90::kWarpgroup;
+    const bool elected = thread % sm90::kWarp == 0;  // arrives for its warp
+    const int key_slab;                              // of this warpgroup
+    float scale_log2 = args.params.forward.softmax_scale * 1.44269504f;
+
+    EQX_DEVICE Consumer(const BackwardDkdvArguments& args_, const Smem& smem_, int key_slab_)
+        : args(args_), smem(smem_), at(block(args_)), key_slab(key_slab_) {
+      asm volatile("mov.b32 %0, %0;" : "+f"(scale_log2));  // a vector register: operand reuse
+    }
+    EQX_DEVICE int first_key() const { return at.n_block * kBlockN + key_slab * kWarpgroupRows; }
+
+    // S^T = K Q^T
+    EQX_DEVICE void start_scores(float (&rS)[kBlockM / 2], Cursor cursor) const {
+      const auto k = KeySlab::k_major(smem.k + key_slab * KeySlab::kBytes);
+      const auto q = QueryTile::k_major(smem.q.buffer(0)) + cursor.stage * QueryTile::kBytes;
+      smem.q.wait_full(cursor);  // Q and LSE have landed
+      sm90::wgmma_fence();
+      sm90::mma_shared_k_major<Element, KeySlab, QueryTile>(rS, k, q);
+      sm90::wgmma_commit();
+    }
+    // dP^T - delta + dlse = V dO^T + (dlse - delta)
+    EQX_DEVICE void start_dp(float (&rdP)[kBlockM / 2], Cursor cursor) const {
+      const auto v = KeySlab::k_major(smem.v + key_slab * KeySlab::kBytes);
+      const auto dout = QueryTile::k_major(smem.dout.buffer(0)) + cursor.stage * QueryTile::kBytes;
+      smem.dout.wait_full(cursor);  // dO and delta have landed
+      const uint32_t stats = smem.dlse_minus_delta + cursor.stage * Smem::kStatBytes +
+                             sm90::accumulator_col(thread) * 4;
+#pragma unroll
+      for (int j = 0; j < kBlockM / 8; ++j) {
+        const float2 start = sm90::load_shared_pair(stats + j * 32);
+        rdP[4 * j] = rdP[4 * j + 2] = start.x;
+        rdP[4 * j + 1] = rdP[4 * j + 3] = start.y;
+      }
+      sm90::pin(rdP);
+      sm90::wgmma_fence();
+      sm90::mma_shared_k_major<Element, KeySlab, QueryTile, true>(rdP, v, dout);
+      sm90::wgmma_commit();
+    }
+    // acc += P^T dO, or dS^T Q
+    EQX_DEVICE void multiply(float (&acc)[kHeadDim / 2], const uint32_t (&a)[kBlockM / 4],
+                             const sm90::Ring<kTile.k_stages>& ring, Cursor cursor) const {
+      sm90::pin(acc);
+      sm90::wgmma_fence();
+      sm90::mma_registers_mn_major<Element, QueryTile>(
+          acc, a, QueryTile::mn_major(ring.buffer(0)) + cursor.stage * QueryTile::kBytes);
+    }
+    // P^T = exp2(S^T * scale - lse)
+    EQX_DEVICE void probabilities(float (&rS)[kBlockM / 2], Cursor cursor, int m_block) const {
+      sm90::pin(rS);
+      if (m_block < at.queries.first_unmasked) {
+        const ForwardParams& shape = args.params.forward;
+        apply_mask_transposed<kMask, kBlockM>(rS, first_key() + sm90::accumulator_row(thread),
+                                              m_block, shape.seq_k, shape.diagonal);
+      }
+      const uint32_t stats =
+          smem.lse_log2 + cursor.stage * Smem::kStatBytes + sm90::accumulator_col(thread) * 4;
+#pragma unroll
+      for (int j = 0; j < kBlockM / 8; ++j) {
+        const float2 lse = sm90::load_shared_pair(stats + j * 32);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& even = rS[4 * j + 2 * r];
+          float& odd = rS[4 * j + 2 * r + 1];
+          even = sm90::exp2_approx(fmaf(even, scale_log2, -lse.x));
+          odd = sm90::exp2_approx(fmaf(odd, scale_log2, -lse.y));
+        }
+      }
+    }
+    EQX_DEVICE static void pack(uint32_t (&packed)[kBlockM / 4], const float (&x)[kBlockM / 2]) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 4; ++i) {
+        packed[i] = sm90::pack<Element>(x[2 * i], x[2 * i + 1]);
+      }
+    }
+    // dS^T = P^T * (dP^T - delta + dlse)
+    EQX_DEVICE static void pack_product(uint32_t (&packed)[kBlockM / 4],
+                                        const float (&x)[kBlockM / 2],
+                                        const float (&y)[kBlockM / 2]) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 4; ++i) {
+        packed[i] = sm90::pack<Element>(x[2 * i] * y[2 * i], x[2 * i + 1] * y[2 * i + 1]);
+      }
+    }
+    EQX_DEVICE int next_query_block(int m_block) const {
+      return m_block + 1 < at.queries.end ? m_block + 1 : at.queries.first;  // next head
+    }
+    // The gradient leaves through a slab that only this warpgroup has read.
+    EQX_DEVICE void store(const CUtensorMap& map, uint32_t slab, const float (&acc)[kHeadDim / 2],
+                          float factor, int barrier) const {
+      const float factors[2] = {factor, factor};
+      write_output_slab<Element, KeySlab>(slab, acc, factors, thread);
+      sm90::named_barrier_sync(sm90::NamedBarrier::kEpilogue, barrier, sm90::kWarpgroup);
+      if (thread == 0) store_output_slab<KeySlab>(map, slab, first_key(), at.key_head, at.batch);
+    }
+  };
+
+  // --------------------------------------------------- 64 keys a warpgroup: dK and dV of its own
+
+  EQX_DEVICE static void consume_keys(const BackwardDkdvArguments& args, const Smem& smem,
+                                      int warpgroup) {
+    const Consumer me(args, smem, warpgroup);
+    float rS[kBlockM / 2], rdP[kBlockM / 2];
+    uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
+    float rdK[kHeadDim / 2], rdV[kHeadDim / 2];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.f;
+
+    smem.keys_full.wait(0);  // K and V have landed
+    if (me.at.steps > 0) {
+      Cursor cursor;
+      int m_block = me.at.queries.first;
+      auto finish_ds = [&] {  // P and dS as operands of the next step's products
+        me.start_dp(rdP, cursor);
+        Consumer::pack(rP, rS);
+        sm90::wgmma_wait<0>();  // dP
+        sm90::pin(rdP);
+        Consumer::pack_product(rdS, rS, rdP);
+      };
+      me.start_scores(rS, cursor);
+      sm90::wgmma_wait<0>();
+      me.probabilities(rS, cursor, m_block);
+      finish_ds();
+      // Step i: S(i), then dV and dK of step i-1 run on the tensor cores one after the other; the
+      // exponentials of step i hide behind the second. dP(i) comes last, once P and dS of step i-1
+      // have left their registers: all at once there are not enough.
+#pragma unroll 1
+      for (int step = 1; step < me.at.steps; ++step) {
+        const Cursor previous = cursor;
+        cursor.advance();
+        m_block = me.next_query_block(m_block);
+        me.start_scores(rS, cursor);
+        me.multiply(rdV, rP, smem.dout, previous);
+        me.multiply(rdK, rdS, smem.q, previous);
+        sm90::wgmma_commit();
+        sm90::wgmma_wait<1>();  // S(i)
+        me.probabilities(rS, cursor, m_block);
+        sm90::wgmma_wait<0>();  // dV, dK
+        sm90::pin(rdV);
+        sm90::pin(rdK);
+        smem.dout.empty(previous.stage).arrive_if(me.elected);  // the producer may refill dO
+        smem.q.empty(previous.stage).arrive_if(me.elected);     // the producer may refill Q
+        finish_ds();
+      }
+      me.multiply(rdV, rP, smem.dout, cursor);
+      me.multiply(rdK, rdS, smem.q, cursor);
+      sm90::wgmma_commit();
+      sm90::wgmma_wait<0>();
+      sm90::pin(rdV);
+      sm90::pin(rdK);
+    }
+    const uint32_t slab = warpgroup * KeySlab::kBytes;
+    me.store(args.dv, smem.v + slab, rdV, 1.f, warpgroup);
+    me.store(args.dk, smem.k + slab, rdK, args.params.forward.softmax_scale, warpgroup);
+    if (me.thread == 0) sm90::tma_store_wait_read();  // shared memory must outlive the stores
+  }
+
+  // ------------------------------- split outputs: one warpgroup for P and dV, one for dS and dK
+
+  // A thread's 64 x kBlockM probabilities in fp32, for the same thread of the other warpgroup.
+  EQX_DEVICE static uint32_t probability_address(const Smem& smem, int stage, int thread, int j) {
+    return smem.probabilities.buffer(stage) + (j * sm90::kWarpgroup + thread) * 16;
+  }
+
+  EQX_DEVICE static void consume_values(const BackwardDkdvArguments& args, const Smem& smem) {
+    const Consumer me(args, smem, 0);
+    float rS[kBlockM / 2];
+    uint32_t rP[kBlockM / 4];
+    float rdV[kHeadDim / 2];
+#pragma unroll
+    for (float& x : rdV) x = 0.f;
+    auto finish_scores = [&](Cursor cursor, int step, int m_block) {
+      me.probabilities(rS, cursor, m_block);
+      smem.q.empty(cursor.stage).arrive_if(me.elected);  // this warpgroup is done with Q and LSE
+      const auto slot = sm90::Cursor<2>::after(step);
+      smem.probabilities.wait_empty(slot);  // the other warpgroup has read the slot
+#pragma unroll
+      for (int j = 0; j < kBlockM / 8; ++j) {
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
+                         probability_address(smem, slot.stage, me.thread, j)),
+                     "f"(rS[4 * j]), "f"(rS[4 * j + 1]), "f"(rS[4 * j + 2]), "f"(rS[4 * j + 3])
+                     : "memory");
+      }
+      smem.probabilities.full(slot.stage).arrive();  // P is there for dS
+    };
+
+    smem.keys_full.wait(0);  // K has landed
+    if (me.at.steps > 0) {
+      Cursor cursor;
+      int m_block = me.at.queries.first;
+      me.start_scores(rS, cursor);
+      sm90::wgmma_wait<0>();
+      finish_scores(cursor, 0, m_block);
+      Consumer::pack(rP, rS);
+#pragma unroll 1
+      for (int step = 1; step < me.at.steps; ++step) {
+        const Cursor previous = cursor;
+        cursor.advance();
+        m_block = me.next_query_block(m_block);
+        me.start_scores(rS, cursor);
+        smem.dout.wait_full(previous);  // dO(i-1) has landed
+        me.multiply(rdV, rP, smem.dout, previous);
+        sm90::wgmma_commit();
+        sm90::wgmma_wait<1>();  // S(i)
+        finish_scores(cursor, step, m_block);
+        sm90::wgmma_wait<0>();  // dV
+        sm90::pin(rdV);
+        smem.dout.empty(previous.stage).arrive_if(me.elected);  // done with dO(i-1)
+        Consumer::pack(rP, rS);
+      }
+      smem.dout.wait_full(cursor);  // the last dO has landed
+      me.multiply(rdV, rP, smem.dout, cursor);
+      sm90::wgmma_commit();
+      sm90::wgmma_wait<0>();
+      sm90::pin(rdV);
+    }
+    me.store(args.dv, smem.k, rdV, 1.f, 0);  // only this warpgroup reads K
+    if (me.thread == 0) sm90::tma_store_wait_read();
+  }
+
+  EQX_DEVICE static void consume_scores(const BackwardDkdvArguments& args, const Smem& smem) {
+    const Consumer me(args, smem, 0);
+    float rP[kBlockM / 2], rdP[kBlockM / 2];
+    uint32_t rdS[kBlockM / 4];
+    float rdK[kHeadDim / 2];
+#pragma unroll
+    for (float& x : rdK) x = 0.f;
+    auto read_probabilities = [&](int step) {
+      const auto slot = sm90::Cursor<2>::after(step);
+      smem.probabilities.wait_full(slot);  // P is complete
+#pragma unroll
+      for (int j = 0; j < kBlockM / 8; ++j) {
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(rP[4 * j]), "=f"(rP[4 * j + 1]), "=f"(rP[4 * j + 2]),
+                       "=f"(rP[4 * j + 3])
+                     : "r"(probability_address(smem, slot.stage, me.thread, j))
+                     : "memory");
+      }
+      smem.probabilities.empty(slot.stage).arrive();  // the slot may be overwritten
+    };
+
+    smem.keys_full.wait(0);  // V has landed
+    if (me.at.steps > 0) {
+      Cursor cursor;
+      me.start_dp(rdP, cursor);
+      sm90::wgmma_wait<0>();
+      sm90::pin(rdP);
+      smem.dout.empty(cursor.stage).arrive_if(me.elected);  // done with dO(0) and delta
+      read_probabilities(0);
+      Consumer::pack_product(rdS, rP, rdP);
+#pragma unroll 1
+      for (int step = 1; step < me.at.steps; ++step) {
+        const Cursor previous = cursor;
+        cursor.advance();
+        me.start_dp(rdP, cursor);
+        smem.q.wait_full(previous);  // Q(i-1) has landed
+        me.multiply(rdK, rdS, smem.q, previous);
+        sm90::wgmma_commit();
+        sm90::wgmma_wait<1>();  // dP(i)
+        sm90::pin(rdP);
+        smem.dout.empty(cursor.stage).arrive_if(me.elected);  // done with dO(i) and delta
+        read_probabilities(step);
+        sm90::wgmma_wait<0>();  // dK
+        sm90::pin(rdK);
+        smem.q.empty(previous.stage).arrive_if(me.elected);  // done with Q(i-1)
+        Consumer::pack_product(rdS, rP, rdP);
+      }
+      smem.q.wait_full(cursor);  // the last Q has landed
+      me.multiply(rdK, rdS, smem.q, cursor);
+      sm90::wgmma_commit();
+      sm90::wgmma_wait<0>();
+      sm90::pin(rdK);
+    }
+    // Only this warpgroup reads V.
+    me.store(args.dk, smem.v, rdK, args.params.forward.softmax_scale, 1);
+    if (me.thread == 0) sm90::tma_store_wait_read();
+  }
+};
+
+template <typename Element, int kHeadDim, Mask kMask>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    backward_dkdv_kernel(const __grid_constant__ BackwardDkdvArguments args) {
+  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask>;
+  extern __shared__ uint8_t dynamic_smem[];
+  const typename Kernel::Smem smem(dynamic_smem);
+  const int warpgroup = sm90::warp_uniform(threadIdx.x / sm90::kWarpgroup);
+  if (threadIdx.x == 0) smem.init_barriers();
+  __syncthreads();
+  if (warpgroup == 0) {
+    sm90::shrink_registers<kBackwardProducerRegisters>();
+    if (threadIdx.x == 0) Kernel::produce(args, smem);
+  } else {
+    sm90::grow_registers<kBackwardConsumerRegisters>();
+    if constexpr (!Kernel::kSplitOutputs) {
+      Kernel::consume_keys(args, smem, warpgroup - 1);
+    } else if (warpgroup == 1) {
+      Kernel::consume_values(args, smem);
+    } else {
+      Kernel::consume_scores(args, smem);
+    }
+  }
+}
+
+}  // namespace eqx_flash

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launch of the backward kernels: statistics of the query rows, then dK and dV, then dQ.
+#pragma once
+
+#include "dispatch.h"
+#include "kernels/backward_dkdv.cuh"
+#include "kernels/backward_dq.cuh"
+#include "kernels/backward_prep.cuh"
+#include "launch.cuh"
+
+namespace eqx_flash {
+
+// Causal blocks are of unequal length: mixing the heads of a section levels them. Bytes of L2.
+inline int64_t backward_section_bytes(const ForwardParams& shape) {
+  return shape.mask == Mask::kCausal ? 16 * int64_t{1 << 20} : 0;
+}
+
+template <typename Element, int kHeadDim>
+cudaError_t launch_backward_prep(const BackwardParams& params, cudaStream_t stream) {
+  constexpr int kLanes = kHeadDim / 8;
+  constexpr int kThreads = 256;
+  const ForwardParams& shape = params.forward;
+  const int64_t rows = int64_t{shape.batch} * params.padded_seq_q * shape.heads;
+  const int64_t grid = (rows * kLanes + kThreads - 1) / kThreads;
+  backward_prep_kernel<Element, kLanes>
+      <<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <typename Element, int kHeadDim, Mask kMask>
+cudaError_t launch_backward_dkdv(const BackwardParams& params, int device, cudaStream_t stream) {
+  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask>;
+  constexpr auto* kKernel = &backward_dkdv_kernel<Element, kHeadDim, kMask>;
+  const ForwardParams& shape = params.forward;
+  const int blocks = (shape.seq_k + Kernel::kBlockN - 1) / Kernel::kBlockN;
+  // Q and dO of the heads that share a key head, 16-bit.
+  const int64_t head_bytes =
+      int64_t{shape.seq_q} * shape.head_dim * 4 * (shape.heads / shape.heads_k);
+  BackwardDkdvArguments args{.params = params,
+                             .order = make_block_order(blocks, 0, shape.batch * shape.heads_k,
+                                                       head_bytes, backward_section_bytes(shape))};
+  TensorMapEncoder<Element> encode;
+  encode(&args.q, shape.q, query_shape(shape), Kernel::kBlockM);
+  encode(&args.dout, params.dout, query_shape(shape), Kernel::kBlockM);
+  encode(&args.k, shape.k, key_shape(shape), kWarpgroupRows);
+  encode(&args.v, shape.v, key_shape(shape), kWarpgroupRows);
+  encode(&args.dk, params.dk, key_shape(shape), kWarpgroupRows);
+  encode(&args.dv, params.dv, key_shape(shape), kWarpgroupRows);
+  if (encode.error != cudaSuccess) return encode.error;
+  const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
+  if (error != cudaSuccess) return error;
+  backward_dkdv_kernel<Element, kHeadDim, kMask>
+      <<<args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename Element, int kHeadDim, Mask kMask>
+cudaError_t launch_backward_dq(const BackwardParams& params, int device, cudaStream_t stream) {
+  using Kernel = BackwardDqKernel<Element, kHeadDim, kMask>;
+  constexpr auto* kKernel = &backward_dq_kernel<Element, kHeadDim, kMask>;
+  const ForwardParams& shape = params.forward;
+  const int blocks = (shape.seq_q + Kernel::kBlockM - 1) / Kernel::kBlockM;
+  // K and V, 16-bit, shared by a group of query heads.
+  const int64_t head_bytes =
+      int64_t{shape.seq_k} * shape.head_dim * 4 / (shape.heads / shape.heads_k);
+  BackwardDqArguments args{.params = params,
+                           .order = make_block_order(blocks, 0, shape.batch * shape.heads,
+                                                     head_bytes, backward_section_bytes(shape))};
+  TensorMapEncoder<Element> encode;
+  encode(&args.q, shape.q, query_shape(shape), kWarpgroupRows);
+  encode(&args.dout, params.dout, query_shape(shape), kWarpgroupRows);
+  encode(&args.k, shape.k, key_shape(shape), Kernel::kBlockN);
+  encode(&args.v, shape.v, key_shape(shape), Kernel::kBlockN);
+  encode(&args.dq, params.dq, query_shape(shape), kWarpgroupRows);
+  if (encode.error != cudaSuccess) return encode.error;
+  const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
+  if (error != cudaSuccess) return error;
+  backward_dq_kernel<Element, kHeadDim, kMask>
+      <<<args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename Element, int kHeadDim, Mask kMask>
+cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
+  DeviceInfo device;
+  cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error;
+  error = launch_backward_prep<Element, kHeadDim>(params, stream);
+  if (error != cudaSuccess) return error;
+  error = launch_backward_dkdv<Element, kHeadDim, kMask>(params, device.ordinal, stream);
+  if (error != cudaSuccess) return error;
+  return launch_backward_dq<Element, kHeadDim, kMask>(params, device.ordinal, stream);
+}
+
+}  // namespace eqx_flash
