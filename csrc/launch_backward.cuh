@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch of the backward kernels: statistics of the query rows, then dK and dV, then dQ.
+// Launch of the backward kernels. Deterministic: statistics of the query rows, then dK and dV, then
+// dQ. Fused: statistics, then all three gradients, then the conversion of dQ.
 #pragma once
 
 #include "dispatch.h"
 #include "kernels/backward_dkdv.cuh"
 #include "kernels/backward_dq.cuh"
+#include "kernels/backward_fused.cuh"
 #include "kernels/backward_prep.cuh"
 #include "launch.cuh"
 
@@ -27,10 +29,9 @@ cudaError_t launch_backward_prep(const BackwardParams& params, cudaStream_t stre
   return cudaGetLastError();
 }
 
-template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t launch_backward_dkdv(const BackwardParams& params, int device, cudaStream_t stream) {
-  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask>;
-  constexpr auto* kKernel = &backward_dkdv_kernel<Element, kHeadDim, kMask>;
+// A kernel whose blocks hold keys: kKernel is backward_dkdv_kernel or backward_fused_kernel.
+template <typename Element, typename Kernel, auto* kKernel>
+cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaStream_t stream) {
   const ForwardParams& shape = params.forward;
   const int blocks = (shape.seq_k + Kernel::kBlockN - 1) / Kernel::kBlockN;
   // Q and dO of the heads that share a key head, 16-bit.
@@ -49,8 +50,7 @@ cudaError_t launch_backward_dkdv(const BackwardParams& params, int device, cudaS
   if (encode.error != cudaSuccess) return encode.error;
   const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  backward_dkdv_kernel<Element, kHeadDim, kMask>
-      <<<args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream>>>(args);
+  kKernel<<<args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -80,6 +80,17 @@ cudaError_t launch_backward_dq(const BackwardParams& params, int device, cudaStr
   return cudaGetLastError();
 }
 
+template <typename Element, int kHeadDim>
+cudaError_t launch_backward_finish_dq(const BackwardParams& params, cudaStream_t stream) {
+  const ForwardParams& shape = params.forward;
+  constexpr int kBlockM = DqParts<kHeadDim>::kBlockM;
+  const int64_t parts =
+      int64_t{2} * ((shape.seq_q + kBlockM - 1) / kBlockM) * shape.batch * shape.heads;
+  backward_finish_dq_kernel<Element, kHeadDim>
+      <<<static_cast<unsigned>(parts), kFinishDqThreads<kHeadDim>, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
 template <typename Element, int kHeadDim, Mask kMask>
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   DeviceInfo device;
@@ -87,7 +98,19 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = launch_backward_prep<Element, kHeadDim>(params, stream);
   if (error != cudaSuccess) return error;
-  error = launch_backward_dkdv<Element, kHeadDim, kMask>(params, device.ordinal, stream);
+  if constexpr (has_fused_backward(kHeadDim)) {
+    if (params.dq_accumulator != nullptr) {
+      using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
+      error =
+          launch_backward_keys<Element, Kernel, &backward_fused_kernel<Element, kHeadDim, kMask>>(
+              params, device.ordinal, stream);
+      if (error != cudaSuccess) return error;
+      return launch_backward_finish_dq<Element, kHeadDim>(params, stream);
+    }
+  }
+  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_dkdv_tile(kHeadDim)>;
+  error = launch_backward_keys<Element, Kernel, &backward_dkdv_kernel<Element, kHeadDim, kMask>>(
+      params, device.ordinal, stream);
   if (error != cudaSuccess) return error;
   return launch_backward_dq<Element, kHeadDim, kMask>(params, device.ordinal, stream);
 }

@@ -38,6 +38,8 @@ struct BackwardParams {
   int padded_seq_q;         // seq_q rounded up to kQueryPadding
   float* lse_log2;          // [batch, heads, padded_seq_q], scratch; +inf for rows that see nothing
   float* dlse_minus_delta;  // [batch, heads, padded_seq_q], scratch
+  float* dq_accumulator;    // [batch, heads, padded_seq_q, tile head_dim], scratch of the fused
+                            // kernel, or null: dQ in fragment order, unscaled
 };
 
 // The scratch rows of a query block are read as a whole: every query tile divides this.

@@ -96,12 +96,23 @@ constexpr BackwardTile backward_dq_tile(int head_dim) {
 constexpr BackwardTile backward_dkdv_tile(int head_dim) {
   switch (head_dim) {
     case 64:
+      return {.block_m = 128, .block_n = 128, .k_stages = 2, .v_stages = 2};
     case 128:
       return {.block_m = 64, .block_n = 128, .k_stages = 2, .v_stages = 2};
     default:
       // dK and dV take 128 registers each: one warpgroup for one, over 64 keys.
       return {.block_m = 64, .block_n = 64, .k_stages = 2, .v_stages = 2};
   }
+}
+
+// At head dim 256 the accumulators of dK and dV leave no registers for dQ.
+constexpr bool has_fused_backward(int head_dim) { return head_dim <= 128; }
+
+// The fused backward: 128 queries a step at head dim 64 would not leave registers for dQ (C7512).
+constexpr BackwardTile backward_fused_tile(int head_dim) {
+  BackwardTile tile = backward_dkdv_tile(head_dim);
+  tile.block_m = 64;
+  return tile;
 }
 
 static_assert(forward_tile(64, Mask::kFull).shared_memory_bytes(64) <= kMaxSharedMemory);

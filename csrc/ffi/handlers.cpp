@@ -18,6 +18,7 @@ namespace ffi = xla::ffi;
 
 using RowStats = ffi::Buffer<ffi::F32, 3>;  // a float for each query row
 using Counter = ffi::Buffer<ffi::S32, 1>;
+using Accumulator = ffi::Buffer<ffi::F32, 1>;
 using Dims = ffi::Span<const int64_t>;
 
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
@@ -138,8 +139,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                     ffi::AnyBuffer out, RowStats lse, ffi::AnyBuffer dout, RowStats dlse,
                     ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
                     ffi::Result<ffi::AnyBuffer> dv, ffi::Result<RowStats> lse_log2,
-                    ffi::Result<RowStats> dlse_minus_delta, float softmax_scale, bool causal,
-                    bool bottom_right) {
+                    ffi::Result<RowStats> dlse_minus_delta, ffi::Result<Accumulator> dq_accumulator,
+                    float softmax_scale, bool causal, bool bottom_right, bool deterministic) {
   if (auto error = check_operands(q, k, softmax_scale); error.failure()) return error;
   const Dims qd = q.dimensions();
   const int64_t padded = (qd[1] + kQueryPadding - 1) / kQueryPadding * kQueryPadding;
@@ -153,7 +154,7 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
       error.failure()) {
     return error;
   }
-  const BackwardParams params{
+  BackwardParams params{
       .forward = make_params(q, k, v, out, lse.typed_data(), softmax_scale, causal, bottom_right),
       .dout = dout.untyped_data(),
       .dlse = dlse.typed_data(),
@@ -162,9 +163,17 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
       .dv = dv->untyped_data(),
       .padded_seq_q = static_cast<int>(padded),
       .lse_log2 = lse_log2->typed_data(),
-      .dlse_minus_delta = dlse_minus_delta->typed_data()};
+      .dlse_minus_delta = dlse_minus_delta->typed_data(),
+      .dq_accumulator = nullptr};
+  const int64_t accumulator_rows = qd[0] * qd[2] * padded;
   return dispatch(q.element_type(), params.forward, "launching the backward kernels",
                   [&]<typename Element, int kHeadDim, Mask kMask>() {
+                    if (!deterministic && has_fused_backward(kHeadDim)) {
+                      if (dq_accumulator->dimensions()[0] < accumulator_rows * kHeadDim) {
+                        return cudaErrorInvalidValue;
+                      }
+                      params.dq_accumulator = dq_accumulator->typed_data();
+                    }
                     return run_backward<Element, kHeadDim, kMask>(params, stream);
                   });
 }
@@ -199,9 +208,11 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                            .Ret<ffi::AnyBuffer>()  // dv
                            .Ret<RowStats>()        // lse_log2, scratch
                            .Ret<RowStats>()        // dlse_minus_delta, scratch
+                           .Ret<Accumulator>()     // dq_accumulator, scratch
                            .Attr<float>("softmax_scale")
                            .Attr<bool>("causal")
-                           .Attr<bool>("bottom_right"),
+                           .Attr<bool>("bottom_right")
+                           .Attr<bool>("deterministic"),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

@@ -25,9 +25,9 @@ struct BackwardDkdvArguments {
   BlockOrder order;
 };
 
-template <typename Element, int kHeadDim, Mask kMask>
+template <typename Element, int kHeadDim, Mask kMask, BackwardTile kTile_>
 struct BackwardDkdvKernel {
-  static constexpr BackwardTile kTile = backward_dkdv_tile(kHeadDim);
+  static constexpr BackwardTile kTile = kTile_;
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kKeySlabs = kBlockN / kWarpgroupRows;
@@ -49,7 +49,8 @@ struct BackwardDkdvKernel {
     static constexpr uint32_t kProbabilities = kDout + kTile.k_stages * QueryTile::kBytes;
     static constexpr uint32_t kStats = kProbabilities + 2 * kProbabilityBytes;
     static constexpr uint32_t kBarriers = kStats + 2 * kTile.k_stages * kStatBytes;
-    static constexpr int kBytes = kBarriers + 192 + 1024;  // barriers, alignment
+    static constexpr uint32_t kEnd = kBarriers + 192;
+    static constexpr int kBytes = kEnd + 1024;  // alignment
     static_assert(kBytes <= kMaxSharedMemory);
     uint32_t k, v, lse_log2, dlse_minus_delta;
     sm90::Ring<kTile.k_stages> q, dout;
@@ -171,10 +172,8 @@ struct BackwardDkdvKernel {
       sm90::mma_shared_k_major<Element, KeySlab, QueryTile>(rS, k, q);
       sm90::wgmma_commit();
     }
-    // dP^T - delta + dlse = V dO^T + (dlse - delta)
-    EQX_DEVICE void start_dp(float (&rdP)[kBlockM / 2], Cursor cursor) const {
-      const auto v = KeySlab::k_major(smem.v + key_slab * KeySlab::kBytes);
-      const auto dout = QueryTile::k_major(smem.dout.buffer(0)) + cursor.stage * QueryTile::kBytes;
+    // dP starts at dlse - delta. Before S is in flight: ptxas would wait for S first.
+    EQX_DEVICE void init_dp(float (&rdP)[kBlockM / 2], Cursor cursor) const {
       smem.dout.wait_full(cursor);  // dO and delta have landed
       const uint32_t stats = smem.dlse_minus_delta + cursor.stage * Smem::kStatBytes +
                              sm90::accumulator_col(thread) * 4;
@@ -185,6 +184,11 @@ struct BackwardDkdvKernel {
         rdP[4 * j + 1] = rdP[4 * j + 3] = start.y;
       }
       sm90::pin(rdP);
+    }
+    // dP^T - delta + dlse = V dO^T + (dlse - delta)
+    EQX_DEVICE void start_dp(float (&rdP)[kBlockM / 2], Cursor cursor) const {
+      const auto v = KeySlab::k_major(smem.v + key_slab * KeySlab::kBytes);
+      const auto dout = QueryTile::k_major(smem.dout.buffer(0)) + cursor.stage * QueryTile::kBytes;
       sm90::wgmma_fence();
       sm90::mma_shared_k_major<Element, KeySlab, QueryTile, true>(rdP, v, dout);
       sm90::wgmma_commit();
@@ -263,6 +267,7 @@ struct BackwardDkdvKernel {
       Cursor cursor;
       int m_block = me.at.queries.first;
       auto finish_ds = [&] {  // P and dS as operands of the next step's products
+        me.init_dp(rdP, cursor);
         me.start_dp(rdP, cursor);
         Consumer::pack(rP, rS);
         sm90::wgmma_wait<0>();  // dP
@@ -394,6 +399,7 @@ struct BackwardDkdvKernel {
     smem.keys_full.wait(0);  // V has landed
     if (me.at.steps > 0) {
       Cursor cursor;
+      me.init_dp(rdP, cursor);
       me.start_dp(rdP, cursor);
       sm90::wgmma_wait<0>();
       sm90::pin(rdP);
@@ -404,6 +410,7 @@ struct BackwardDkdvKernel {
       for (int step = 1; step < me.at.steps; ++step) {
         const Cursor previous = cursor;
         cursor.advance();
+        me.init_dp(rdP, cursor);
         me.start_dp(rdP, cursor);
         smem.q.wait_full(previous);  // Q(i-1) has landed
         me.multiply(rdK, rdS, smem.q, previous);
@@ -432,7 +439,7 @@ struct BackwardDkdvKernel {
 template <typename Element, int kHeadDim, Mask kMask>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_dkdv_kernel(const __grid_constant__ BackwardDkdvArguments args) {
-  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask>;
+  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_dkdv_tile(kHeadDim)>;
   extern __shared__ uint8_t dynamic_smem[];
   const typename Kernel::Smem smem(dynamic_smem);
   const int warpgroup = sm90::warp_uniform(threadIdx.x / sm90::kWarpgroup);

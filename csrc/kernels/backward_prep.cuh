@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the backward kernels need of each query row: the log-sum-exp in base 2, and
 // dlse - rowsum(dO * O), which every dS of the row starts from (FlashAttention-2, section 3.1.2).
+// On the way it clears the accumulator of dQ, if there is one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,6 +39,11 @@ __global__ void __launch_bounds__(256) backward_prep_kernel(const BackwardParams
   const int seq = batch_seq % params.padded_seq_q;
   const int batch = batch_seq / params.padded_seq_q;
   const bool inside = seq < shape.seq_q;
+
+  if (params.dq_accumulator != nullptr) {  // 32 bytes a thread cover it exactly
+    auto* zero = reinterpret_cast<float4*>(params.dq_accumulator) + 2 * thread;
+    zero[0] = zero[1] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
 
   float sum = 0.f;
   if (inside && lane * 8 < shape.head_dim) {

@@ -104,6 +104,9 @@ enum class NamedBarrier : int {
   kBlock = 0,     // __syncthreads
   kTurn = 1,      // + consumer warpgroup: its turn on the tensor cores
   kEpilogue = 5,  // + consumer warpgroup: its four warps agree on the output slab
+  kDsReady = 8,   // both halves of dS are in shared memory
+  kDqFull = 9,    // + consumer warpgroup: its part of dQ waits to be reduced
+  kDqEmpty = 11,  // + consumer warpgroup: the reducer has read it
 };
 
 EQX_DEVICE void named_barrier_sync(NamedBarrier first, int offset, int threads) {

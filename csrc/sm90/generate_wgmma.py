@@ -11,7 +11,7 @@ from pathlib import Path
 
 ELEMENTS = {"__nv_bfloat16": "bf16", "__half": "f16"}
 K_MAJOR_N = (64, 80, 96, 128)  # tile widths of S = Q K^T, and of S^T and dP in the backward
-MN_MAJOR_N = (64, 128, 256)  # head dims of O += P V, dQ += dS K, ...
+MN_MAJOR_N = (32, 64, 128, 256)  # head dims of O += P V, dQ += dS K, ...
 
 
 def instruction(ptx_type: str, n: int, a_in_registers: bool, b_transposed: bool) -> str:

@@ -66,4 +66,12 @@ EQX_DEVICE void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32
                : "memory");
 }
 
+// The same four matrices, each written transposed.
+EQX_DEVICE void store_matrix_x4_transposed(uint32_t address, const uint32_t* registers) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
+      : "memory");
+}
+
 }  // namespace eqx_flash::sm90

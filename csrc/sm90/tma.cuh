@@ -72,6 +72,14 @@ EQX_DEVICE void tma_store(const CUtensorMap& map, uint32_t source, TmaCoordinate
       : "memory");
 }
 
+// Adds contiguous floats to global memory, in L2. Part of the thread's current bulk group.
+EQX_DEVICE void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   destination),
+               "r"(source), "r"(bytes)
+               : "memory");
+}
+
 EQX_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until this thread's stores have read shared memory, so that it may be written again.
