@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels: no spill, no serialised wgmma, and the instructions that make them fast."""
+
+import importlib
+import sys
+
+import check_ptxas
+import pytest
+import sass
+
+from eqx_flash import _ffi
+
+FORWARD = (
+    "_ZN9eqx_flash14forward_kernelI6__halfLi64ELNS_4MaskE0EEEvNS_16ForwardArgumentsE",
+    "eqx_flash::forward_kernel<__half, 64, (eqx_flash::Mask)0>",
+)
+BACKWARD = (
+    "_ZN9eqx_flash15backward_kernelI6__halfLi64ELNS_4MaskE0EEEvNS_17BackwardArgumentsE",
+    "eqx_flash::backward_kernel<__half, 64, (eqx_flash::Mask)0>",
+)
+
+
+def ptxas_report(name: str, spill_stores: int = 0, spill_loads: int = 0) -> str:
+    return f"""\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{name}' for 'sm_90a'
+ptxas info    : Function properties for {name}
+    {spill_stores} bytes stack frame, {spill_stores} bytes spill stores, {spill_loads} bytes spill loads
+ptxas info    : Used 128 registers, used 16 barriers
+ptxas info    : Compile time = 142.134 ms
+"""  # noqa: E501
+
+
+SERIALISED = (
+    "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are "
+    f"serialized due to insufficient register resources for the function '{FORWARD[0]}'\n"
+)
+FENCE_ADDED = (
+    "ptxas info    : (C7519) warpgroup.arrive is injected in around line 298 by compiler to allow "
+    f"use of registers in GMMA in function '{FORWARD[0]}'\n"
+)
+
+
+def test_report_is_read():
+    text = ptxas_report(FORWARD[0], 96, 144) + ptxas_report(BACKWARD[0])
+    assert check_ptxas.read_report(text) == [
+        check_ptxas.Function(FORWARD[0], registers=128, spilled_bytes=144),
+        check_ptxas.Function(BACKWARD[0], registers=128, spilled_bytes=0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ptxas_report(FORWARD[0]),
+        ptxas_report(BACKWARD[0], 64, 48),
+        "nvcc warning : something else\n" + ptxas_report(FORWARD[0]),
+    ],
+)
+def test_clean_report_passes(text):
+    assert check_ptxas.find_problems(text) == []
+
+
+@pytest.mark.parametrize("warning", [SERIALISED, FENCE_ADDED])
+def test_wgmma_warning_fails(warning):
+    (problem,) = check_ptxas.find_problems(warning + ptxas_report(FORWARD[0]))
+    assert warning[17:22] in problem
+    assert FORWARD[1] in problem
+
+
+@pytest.mark.parametrize(
+    "kernel, stores, loads, limit",
+    [(FORWARD, 4, 0, 0), (FORWARD, 0, 4, 0), (BACKWARD, 68, 8, 64), (BACKWARD, 8, 68, 64)],
+)
+def test_spill_fails(kernel, stores, loads, limit):
+    mangled, name = kernel
+    (problem,) = check_ptxas.find_problems(ptxas_report(mangled, stores, loads))
+    assert problem == f"{name} spills {max(stores, loads)} bytes, allowed are {limit}"
+
+
+def test_missing_report_fails():
+    (problem,) = check_ptxas.find_problems("")
+    assert "-Xptxas=-v" in problem
+
+
+@pytest.mark.parametrize(
+    "report, exit_code",
+    [(ptxas_report(FORWARD[0]), 0), (SERIALISED + ptxas_report(FORWARD[0]), 1), (None, 3)],
+)
+def test_bad_kernels_are_not_left_behind(tmp_path, capsys, report, exit_code):
+    """The launcher, on a stand-in for the compiler that prints `report` or fails by itself."""
+    compiled = tmp_path / "kernel.o"
+    fake_compiler = tmp_path / "compiler.py"
+    fake_compiler.write_text(
+        "import pathlib, sys\n"
+        f"report = {report!r}\n"
+        "if report is None: sys.exit(3)\n"
+        "pathlib.Path(sys.argv[2]).touch()\n"
+        "print(report, file=sys.stderr)\n"
+    )
+    command = [sys.executable, str(fake_compiler), "-o", str(compiled)]
+    assert check_ptxas.main(command) == exit_code
+    assert compiled.exists() == (exit_code == 0)
+    printed = capsys.readouterr().out
+    assert ("128 registers, 0 bytes spilled" in printed) == (report is not None)
+    assert ("error: wgmma warning (C7512)" in printed) == (exit_code == 1)
+
+
+def module_path() -> str:
+    return importlib.import_module("eqx_flash._C").__file__
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[sass.Kernel]:
+    if not _ffi.built_head_dims():
+        pytest.skip("eqx_flash._C has no kernels: built with EQX_FLASH_CUDA=off, or not at all")
+    return sass.read_kernels(module_path())
+
+
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_dkdv_kernel", "backward_dq_kernel"])
+def test_every_kernel_is_there(kernels, name):
+    built = len(_ffi.built_head_dims()) * len(["bf16", "f16"]) * len(["full", "causal"])
+    assert sum(name in kernel.name for kernel in kernels) == built
+
+
+def test_no_ptx_is_embedded(kernels):
+    assert sass.embedded_ptx(module_path()) == []
+
+
+def test_products_run_on_tensor_cores_and_loads_through_tma(kernels):
+    for kernel in kernels:
+        if "backward_prep_kernel" not in kernel.name:
+            assert {"HGMMA", "UTMALDG"} <= kernel.opcodes.keys(), kernel.name
+        if "forward_kernel" in kernel.name:
+            assert "UTMASTG" in kernel.opcodes, kernel.name
+
+
+def test_forward_kernels_keep_everything_in_registers(kernels):
+    for kernel in kernels:
+        if "forward_kernel" in kernel.name:
+            assert kernel.stack_bytes == 0, kernel.name
+            assert not {"LDL", "STL"} & kernel.opcodes.keys(), kernel.name
+
+
+def test_hot_loops_neither_spill_nor_flush(kernels):
+    for kernel in kernels:
+        loop = sass.count_opcodes(kernel.hot_loop)
+        assert not {"LDL", "STL", "MEMBAR", "CCTL"} & loop.keys(), kernel.name
+
+
+def test_forward_hot_loop_is_one_step(kernels):
+    """It has as many wgmmas as the tile needs: it is the loop that the others are about."""
+    wgmmas = {
+        tile["head_dim"]: tile["head_dim"] // 16 + tile["block_n"] // 16
+        for tile in _ffi.tile_config()
+    }
+    for kernel in kernels:
+        if "forward_kernel" in kernel.name:
+            (head_dim,) = (d for d in wgmmas if f"Li{d}E" in kernel.name)
+            assert sass.count_opcodes(kernel.hot_loop)["HGMMA"] == wgmmas[head_dim], kernel.name
