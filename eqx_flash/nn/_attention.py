@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head attention as an Equinox module."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
+
+from .._dot_product_attention import dot_product_attention
+
+Mask = Bool[Array, "q_seq kv_seq"] | Bool[Array, "num_heads q_seq kv_seq"]
+Heads = tuple[Array, Array, Array]
+ProcessHeads = Callable[
+    [
+        Float[Array, "q_seq num_heads qk_size"],
+        Float[Array, "kv_seq num_kv_heads qk_size"],
+        Float[Array, "kv_seq num_kv_heads vo_size"],
+    ],
+    tuple[
+        Float[Array, "q_seq num_heads qk_size"],
+        Float[Array, "kv_seq num_kv_heads qk_size"],
+        Float[Array, "kv_seq num_kv_heads vo_size"],
+    ],
+]
+
+
+class MultiheadAttention(eqx.Module):
+    r"""Multi-head attention that never stores the attention weights: a drop-in replacement for
+    [`equinox.nn.MultiheadAttention`][], with grouped-query attention and a causal flag.
+
+    $$\text{MultiheadAttention}(Q, K, V)
+      = \sum_i \text{softmax}\left(\frac{QW^Q_i (KW^K_{g(i)})^\intercal}{\sqrt{d_\text{qk}}}\right)
+        VW^V_{g(i)} W^O_i$$
+
+    where $i$ runs over the query heads, and $g(i) = \lfloor i\, h_\text{kv} / h \rfloor$ is the
+    key/value head that query head $i$ shares with its neighbours; $h$ is `num_heads` and
+    $h_\text{kv}$ is `num_kv_heads`. If they are equal, $g(i) = i$: the same function as Equinox's
+    layer, with the same parameters, bit by bit, for the same `key`.
+
+    !!! example
+
+        ```python
+        attention = eqx_flash.nn.MultiheadAttention(num_heads=8, query_size=512, key=key)
+        out = jax.vmap(attention)(x, x, x)  # x: [batch, sequence, 512]
+        ```
+
+        The layer takes one sequence. `jax.vmap` over a batch is one kernel call, not a loop.
+
+    !!! info
+
+        Two things to know when coming from Equinox's layer.
+
+        - A query that may see no key gets zeros from the attention; Equinox's gets the mean of all
+            values.
+        - While dropout is active the attention weights *are* stored, because they are what is
+            dropped. A warning says so, and `implementation="flash"` refuses.
+
+    ??? cite
+
+        [Attention is All You Need](https://arxiv.org/abs/1706.03762),
+        [FlashAttention-3](https://arxiv.org/abs/2407.08608),
+        [GQA: Training Generalized Multi-Query Transformer Models](https://arxiv.org/abs/2305.13245)
+    """
+
+    # Names and order are Equinox's, so that `tree_at` paths and serialised leaves carry over.
+    query_proj: eqx.nn.Linear
+    key_proj: eqx.nn.Linear
+    value_proj: eqx.nn.Linear
+    output_proj: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+
+    num_heads: int = eqx.field(static=True)
+    query_size: int = eqx.field(static=True)
+    key_size: int = eqx.field(static=True)
+    value_size: int = eqx.field(static=True)
+    output_size: int = eqx.field(static=True)
+    qk_size: int = eqx.field(static=True)
+    vo_size: int = eqx.field(static=True)
+    use_query_bias: bool = eqx.field(static=True)
+    use_key_bias: bool = eqx.field(static=True)
+    use_value_bias: bool = eqx.field(static=True)
+    use_output_bias: bool = eqx.field(static=True)
+    num_kv_heads: int = eqx.field(static=True)
+    is_causal: bool = eqx.field(static=True)
+    implementation: Literal["flash", "xla"] | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_heads: int,
+        query_size: int,
+        key_size: int | None = None,
+        value_size: int | None = None,
+        output_size: int | None = None,
+        qk_size: int | None = None,
+        vo_size: int | None = None,
+        use_query_bias: bool = False,
+        use_key_bias: bool = False,
+        use_value_bias: bool = False,
+        use_output_bias: bool = False,
+        dropout_p: float = 0.0,
+        inference: bool = False,
+        dtype: DTypeLike | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        is_causal: bool = False,
+        implementation: Literal["flash", "xla"] | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `num_heads`: Number of query heads.
+        - `query_size`, `key_size`, `value_size`: Channels of the three inputs. The last two default
+            to `query_size`.
+        - `output_size`: Channels of the output. Defaults to `query_size`.
+        - `qk_size`, `vo_size`: Channels of each query and key head, and of each value head. Both
+            default to `query_size // num_heads`.
+        - `use_query_bias`, `use_key_bias`, `use_value_bias`, `use_output_bias`: Whether that
+            projection adds a bias.
+        - `dropout_p`: Probability with which an attention weight is dropped.
+        - `inference`: If `True`, nothing is dropped. [`equinox.nn.inference_mode`][] toggles it.
+        - `dtype`: Of the parameters. Defaults to JAX's default float.
+        - `num_kv_heads`: Number of key and value heads, a divisor of `num_heads` (grouped-query
+            attention; 1 is multi-query attention). Defaults to `num_heads`.
+        - `is_causal`: Whether a query sees only keys at or before its own position, counted from
+            the start of both sequences.
+        - `implementation`: `"flash"` (the Hopper kernel, or an error), `"xla"` (plain JAX), or
+            `None` (the kernel where it can serve the call), as in
+            [`eqx_flash.dot_product_attention`][].
+        - `key`: Random key for the initialisation of the parameters.
+        """
+        if num_heads < 1:
+            raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}; "
+                f"each key/value head serves the same number of query heads"
+            )
+        key_size = query_size if key_size is None else key_size
+        value_size = query_size if value_size is None else value_size
+        output_size = query_size if output_size is None else output_size
+        qk_size = query_size // num_heads if qk_size is None else qk_size
+        vo_size = query_size // num_heads if vo_size is None else vo_size
+        for name, size in (("qk_size", qk_size), ("vo_size", vo_size)):
+            if size < 1:
+                raise ValueError(
+                    f"{name}: expected at least 1, got {size}; "
+                    f"the default is query_size // num_heads = {query_size} // {num_heads}"
+                )
+        if not 0 <= dropout_p <= 1:
+            raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
+        if implementation not in (None, "flash", "xla"):
+            raise ValueError(
+                f'implementation: expected None, "flash" or "xla", got {implementation!r}'
+            )
+
+        def linear(in_size: int, out_size: int, use_bias: bool, key: PRNGKeyArray) -> eqx.nn.Linear:
+            return eqx.nn.Linear(in_size, out_size, use_bias=use_bias, dtype=dtype, key=key)
+
+        qkey, kkey, vkey, okey = jax.random.split(key, 4)
+        self.query_proj = linear(query_size, num_heads * qk_size, use_query_bias, qkey)
+        self.key_proj = linear(key_size, num_kv_heads * qk_size, use_key_bias, kkey)
+        self.value_proj = linear(value_size, num_kv_heads * vo_size, use_value_bias, vkey)
+        self.output_proj = linear(num_heads * vo_size, output_size, use_output_bias, okey)
+        self.dropout = eqx.nn.Dropout(dropout_p, inference=inference)
+
+        self.num_heads = num_heads
+        self.query_size = query_size
+        self.key_size = key_size
+        self.value_size = value_size
+        self.output_size = output_size
+        self.qk_size = qk_size
+        self.vo_size = vo_size
+        self.use_query_bias = use_query_bias
+        self.use_key_bias = use_key_bias
+        self.use_value_bias = use_value_bias
+        self.use_output_bias = use_output_bias
+        self.num_kv_heads = num_kv_heads
+        self.is_causal = is_causal
+        self.implementation = implementation
+
+    @jax.named_scope("eqx_flash.nn.MultiheadAttention")
+    def __call__(
+        self,
+        query: Float[Array, "q_seq query_size"],
+        key_: Float[Array, "kv_seq key_size"],
+        value: Float[Array, "kv_seq value_size"],
+        mask: Mask | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
+        deterministic: bool | None = None,
+        process_heads: ProcessHeads | None = None,
+    ) -> Float[Array, "q_seq output_size"]:
+        """**Arguments:**
+
+        - `query`, `key_`, `value`: One sequence each; map over a batch with `jax.vmap`.
+        - `mask`: `True` where a query may see a key; one for all heads or one for each. Combined
+            with `is_causal`.
+        - `key`: Random key for dropout. Unused unless dropout is active.
+        - `inference`: Overrides the `inference` flag of the layer.
+        - `deterministic`: Deprecated name of `inference`.
+        - `process_heads`: Takes the query, key and value heads, returns new ones of the same
+            shapes; for example rotary position embeddings.
+
+        **Returns:**
+
+        The attended values of all heads, through the output projection.
+        """
+        if deterministic is not None:
+            warnings.warn(
+                "MultiheadAttention()(deterministic=...) is deprecated; use inference=...",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            inference = deterministic
+        self._check_inputs(query, key_, value, mask)
+
+        heads: Heads = (
+            _project(self.query_proj, query, self.num_heads, self.qk_size),
+            _project(self.key_proj, key_, self.num_kv_heads, self.qk_size),
+            _project(self.value_proj, value, self.num_kv_heads, self.vo_size),
+        )
+        if process_heads is not None:
+            heads = _process(process_heads, heads)
+
+        if self._drops_weights(inference):
+            attended = self._attend_with_dropout(*heads, mask, key)
+        else:
+            attended = self._attend(*heads, mask)
+        q_seq, num_heads, vo_size = attended.shape
+        return jax.vmap(self.output_proj)(attended.reshape(q_seq, num_heads * vo_size))
+
+    @classmethod
+    def from_equinox(
+        cls,
+        module: eqx.nn.MultiheadAttention,
+        *,
+        is_causal: bool = False,
+        implementation: Literal["flash", "xla"] | None = None,
+    ) -> "MultiheadAttention":
+        """The same layer on flash attention, sharing the parameters of `module`.
+
+        **Arguments:**
+
+        - `module`: An [`equinox.nn.MultiheadAttention`][].
+        - `is_causal`, `implementation`: As for the constructor. With `is_causal=True` the causal
+            mask that `module` was called with is no longer needed.
+
+        **Returns:**
+
+        A layer with the parameters, dropout and sizes of `module`.
+        """
+        if not isinstance(module, eqx.nn.MultiheadAttention):
+            raise TypeError(
+                f"module: expected an equinox.nn.MultiheadAttention, got {type(module).__name__}"
+            )
+        return _rebuild(cls, module, is_causal=is_causal, implementation=implementation)
+
+    def to_equinox(self, *, drop_is_causal: bool = False) -> eqx.nn.MultiheadAttention:
+        """The same layer as an [`equinox.nn.MultiheadAttention`][], sharing the parameters.
+
+        **Arguments:**
+
+        - `drop_is_causal`: Equinox's layer has no causal flag. Say `True` to convert a causal layer
+            nevertheless, and pass it `mask=jnp.tril(...)` at every call.
+
+        **Returns:**
+
+        A layer with the parameters, dropout and sizes of this one.
+        """
+        if self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                f"num_kv_heads: expected num_heads={self.num_heads}, got {self.num_kv_heads}; "
+                f"equinox.nn.MultiheadAttention has no grouped-query attention"
+            )
+        if self.is_causal and not drop_is_causal:
+            raise ValueError(
+                "is_causal: expected False, got True; equinox.nn.MultiheadAttention has no causal "
+                "flag. Convert with drop_is_causal=True, and call it with mask=jnp.tril(...)"
+            )
+        return _rebuild(eqx.nn.MultiheadAttention, self)
+
+    def _check_inputs(self, query: Array, key_: Array, value: Array, mask: Array | None):
+        for name, x, channels, size in (
+            ("query", query, "query_size", self.query_size),
+            ("key_", key_, "key_size", self.key_size),
+            ("value", value, "value_size", self.value_size),
+        ):
+            if x.ndim != 2 or x.shape[1] != size:
+                raise ValueError(
+                    f"{name}: expected shape [sequence, {channels}={size}], got {x.shape}; "
+                    f"map over a batch with jax.vmap"
+                )
+        q_seq, kv_seq = query.shape[0], key_.shape[0]
+        if value.shape[0] != kv_seq:
+            raise ValueError(f"value: expected key_'s length {kv_seq}, got {value.shape[0]}")
+        if mask is None:
+            return
+        if mask.dtype != bool:
+            raise ValueError(f"mask: expected booleans (True takes part), got {mask.dtype}")
+        if mask.shape not in ((q_seq, kv_seq), (self.num_heads, q_seq, kv_seq)):
+            raise ValueError(
+                f"mask: expected shape [q_seq, kv_seq] = {q_seq, kv_seq} or "
+                f"[num_heads, q_seq, kv_seq] = {self.num_heads, q_seq, kv_seq}, got {mask.shape}"
+            )
+
+    def _drops_weights(self, inference: bool | None) -> bool:
+        """Whether [`equinox.nn.Dropout`][] would drop anything."""
+        p = self.dropout.p
+        if isinstance(p, int | float) and p == 0:
+            return False
+        return not (self.dropout.inference if inference is None else inference)
+
+    def _attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+        # The kernel has one head size. Zero channels change neither scores nor values.
+        head_size = max(self.qk_size, self.vo_size)
+        query, key, value = (_pad_channels(x, head_size) for x in (query, key, value))
+        attended = dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask if mask is None or mask.ndim == 3 else mask[None],
+            scale=1 / math.sqrt(self.qk_size),
+            is_causal=self.is_causal,
+            implementation=self.implementation,
+        )
+        return attended[..., : self.vo_size]
+
+    def _attend_with_dropout(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array | None,
+        dropout_key: PRNGKeyArray | None,
+    ) -> Array:
+        """Equinox's formula, random numbers included, on stored attention weights."""
+        active = f"dropout (dropout_p={self.dropout.p}) is active"
+        if self.implementation == "flash":
+            raise NotImplementedError(
+                f'implementation: "flash" cannot serve this call: {active}, and the kernel cannot '
+                f"drop attention weights. Pass inference=True, build the layer with dropout_p=0, "
+                f'or with implementation=None or "xla"'
+            )
+        if dropout_key is None:
+            raise RuntimeError(f"key: expected a random key, got None; {active}. Or inference=True")
+        if self.implementation is None:
+            warnings.warn(
+                f"MultiheadAttention stores the attention weights, and does not use the flash "
+                f"kernel: {active}. Build the layer with dropout_p=0 to use the kernel, or with "
+                f'implementation="xla" to accept this.',
+                stacklevel=2,
+            )
+
+        key, value = (jnp.repeat(x, self.num_heads // self.num_kv_heads, 1) for x in (key, value))
+        logits = jnp.einsum("qhd,khd->hqk", query / math.sqrt(self.qk_size), key)
+        visible = jnp.ones_like(logits, bool) if mask is None else mask
+        if self.is_causal:
+            visible = visible & jnp.tri(*logits.shape[1:], dtype=bool)
+        logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
+        weights = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        # A row without a visible key comes out of the softmax uniform, and must be zero.
+        weights = jnp.where(visible, weights, 0).astype(logits.dtype)
+        keys = jax.random.split(dropout_key, self.num_heads)
+        weights = jax.vmap(lambda w, k: self.dropout(w, key=k, inference=False))(weights, keys)
+        return jnp.einsum("hqk,khd->qhd", weights, value)
+
+
+def _project(proj: eqx.nn.Linear, x: Array, num_heads: int, size: int) -> Array:
+    return jax.vmap(proj)(x).reshape(x.shape[0], num_heads, size)
+
+
+def _process(process_heads: ProcessHeads, heads: Heads) -> Heads:
+    query, key, value = process_heads(*heads)
+    for name, old, new in zip(("query", "key", "value"), heads, (query, key, value), strict=True):
+        if new.shape != old.shape:
+            raise ValueError(
+                f"process_heads: expected {name} heads of the same shape {old.shape}, "
+                f"got {new.shape}"
+            )
+    return query, key, value
+
+
+def _pad_channels(heads: Array, size: int) -> Array:
+    missing = size - heads.shape[-1]
+    return jnp.pad(heads, ((0, 0), (0, 0), (0, missing))) if missing else heads
+
+
+def _rebuild(cls, module, **options):
+    """A `cls` with the sizes, projections and dropout of `module`, an attention layer."""
+    skeleton = eqx.filter_eval_shape(
+        cls,
+        module.num_heads,
+        module.query_size,
+        module.key_size,
+        module.value_size,
+        module.output_size,
+        module.qk_size,
+        module.vo_size,
+        module.use_query_bias,
+        module.use_key_bias,
+        module.use_value_bias,
+        module.use_output_bias,
+        key=jax.random.key(0),
+        **options,
+    )
+
+    def arrays(layer):
+        return layer.query_proj, layer.key_proj, layer.value_proj, layer.output_proj, layer.dropout
+
+    return eqx.tree_at(arrays, skeleton, arrays(module))

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention under JAX's transformations, alone and combined, against the untransformed call."""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import Shape, plain_attention, quick_compilation, random_qkv
+from lowered import cuda_text, kernel_calls
+
+import eqx_flash
+from eqx_flash._primitive import LSE_NAME, OUT_NAME, attend
+from eqx_flash._spec import AttentionSpec
+
+SHAPE = Shape(batch=3, seq_q=5, seq_k=7, heads=4, heads_k=2, head_dim=8)
+MAPPED = 2  # not the batch: a swap of the two must show
+
+SPECS = {
+    "full": AttentionSpec(0.3),
+    "top_left": AttentionSpec(0.3, causal=True),
+    "bottom_right": AttentionSpec(0.3, causal=True, causal_alignment="bottom_right"),
+    "xla": AttentionSpec(0.3, causal=True, window=(2, None), dispatch="xla"),
+}
+each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+SUBSETS = [s for s in itertools.product((True, False), repeat=3) if any(s)]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]), quick_compilation():
+        yield
+
+
+def loss(spec, q, k, v, attention: Callable = attend):
+    """Depends on every output, differently on each."""
+    out, lse = attention(spec, q, k, v)
+    weight = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+    return jnp.sum(out * weight) + jnp.sum(jnp.sin(lse))
+
+
+# Compiled once for each spec; a call of each is what transformations are compared with.
+run = jax.jit(attend, static_argnums=0)
+grads = jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0)
+
+
+run_plain = jax.jit(plain_attention, static_argnums=0)
+grads_plain = jax.jit(
+    jax.grad(functools.partial(loss, attention=plain_attention), (1, 2, 3)), static_argnums=0
+)
+
+
+def assert_close(ours, expected):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), ours, expected
+    )
+
+
+def mapped_qkv(key, subset, axes=(0, 0, 0)):
+    """q, k, v, with a mapped axis at `axes` where `subset` says so, and the `in_axes`."""
+    in_axes = [axis if is_mapped else None for is_mapped, axis in zip(subset, axes, strict=True)]
+    many = [random_qkv(k, SHAPE) for k in jax.random.split(key, MAPPED)]
+    arrays = [
+        x[0] if axis is None else jnp.stack(x, axis)
+        for x, axis in zip(zip(*many, strict=True), in_axes, strict=True)
+    ]
+    return arrays, tuple(in_axes)
+
+
+def each_example(arrays, in_axes):
+    for i in range(MAPPED):
+        yield [
+            x if axis is None else jnp.take(x, i, axis)
+            for x, axis in zip(arrays, in_axes, strict=True)
+        ]
+
+
+def stack(trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+# ---- Values and gradients ------------------------------------------------------------------------
+
+
+@each_spec
+def test_values_and_gradients(getkey, spec):
+    qkv = random_qkv(getkey(), SHAPE)
+    assert_close(run(spec, *qkv), run_plain(spec, *qkv))
+    assert_close(attend(spec, *qkv), run(spec, *qkv))
+    assert_close(grads(spec, *qkv), grads_plain(spec, *qkv))
+
+
+@each_spec
+def test_forward_is_the_same_under_differentiation(getkey, spec):
+    qkv = random_qkv(getkey(), SHAPE)
+    outs, _ = jax.vjp(functools.partial(attend, spec), *qkv)
+    jax.tree.map(np.testing.assert_array_equal, outs, run(spec, *qkv))
+
+
+def test_value_and_grad_with_lse_as_auxiliary_output(getkey):
+    spec = SPECS["bottom_right"]
+    qkv = random_qkv(getkey(), SHAPE)
+
+    def out_and_lse(*qkv):
+        out, lse = attend(spec, *qkv)
+        return jnp.sum(out), lse
+
+    (value, lse), _ = jax.value_and_grad(out_and_lse, (0, 1, 2), has_aux=True)(*qkv)
+    assert_close((value, lse), (run(spec, *qkv)[0].sum(), run(spec, *qkv)[1]))
+
+
+def test_gradient_of_lse_alone(getkey):
+    qkv = random_qkv(getkey(), SHAPE)
+
+    def squares(attention, *qkv):
+        return jnp.sum(attention(SPECS["top_left"], *qkv)[1] ** 2)
+
+    ours, expected = (
+        jax.jit(jax.grad(functools.partial(squares, attention), (0, 1, 2)))(*qkv)
+        for attention in (attend, plain_attention)
+    )
+    assert_close(ours, expected)
+    assert not np.any(ours[2])  # the log-sum-exp does not depend on the values
+
+
+def test_jacobian(getkey):
+    spec = SPECS["bottom_right"]
+    shape = Shape(batch=1, seq_q=2, seq_k=3, heads=2, heads_k=1, head_dim=8)
+    qkv = random_qkv(getkey(), shape)
+    ours, expected = (
+        jax.jit(jax.jacrev(functools.partial(attention, spec), (0, 1, 2)))(*qkv)
+        for attention in (attend, plain_attention)
+    )
+    assert_close(ours, expected)
+
+
+def test_gradients_of_bias(getkey):
+    spec = SPECS["xla"]
+    qkv = random_qkv(getkey(), SHAPE)
+    mask = jax.random.bernoulli(getkey(), 0.8, (1, 1, SHAPE.seq_q, SHAPE.seq_k))
+    lengths = jnp.array([5, 3, 4], jnp.int32)
+    bias = jax.random.normal(getkey(), (SHAPE.batch, 1, 1, SHAPE.seq_k))
+
+    def total(attention, q, bias):
+        out, _ = attention(spec, q, *qkv[1:], bias, mask, lengths, lengths)
+        return jnp.sum(jnp.cos(out))
+
+    ours, expected = (
+        jax.jit(jax.grad(functools.partial(total, attention), (0, 1)))(qkv[0], bias)
+        for attention in (attend, plain_attention)
+    )
+    assert_close(ours, expected)
+
+
+# ---- vmap ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bottom_right", "xla"])
+@pytest.mark.parametrize("subset", SUBSETS, ids=str)
+def test_vmap_over_every_subset(getkey, name, subset):
+    spec = SPECS[name]
+    arrays, in_axes = mapped_qkv(getkey(), subset, axes=(0, 2, 4))
+    examples = list(each_example(arrays, in_axes))
+
+    @jax.jit
+    def everything(*qkv):
+        values = jax.vmap(functools.partial(attend, spec), in_axes)(*qkv)
+        # Gradients of each example on its own: a shared operand has one for each of them.
+        own = jax.vmap(jax.grad(loss, (1, 2, 3)), (None, *in_axes))
+        # The gradient of the sum: a shared operand has one, the sum over the examples.
+        total = jax.grad(
+            lambda *qkv: jnp.sum(jax.vmap(functools.partial(loss, spec), in_axes)(*qkv)), (0, 1, 2)
+        )
+        return values, own(spec, *qkv), total(*qkv)
+
+    values, own, total = everything(*arrays)
+    assert_close(values, stack([run(spec, *x) for x in examples]))
+    expected = stack([grads(spec, *x) for x in examples])
+    assert_close(own, expected)
+    assert_close(
+        total,
+        tuple(
+            jnp.sum(dx, 0) if axis is None else jnp.moveaxis(dx, 0, axis)
+            for dx, axis in zip(expected, in_axes, strict=True)
+        ),
+    )
+
+
+def test_vmap_of_vmap(getkey):
+    spec = SPECS["bottom_right"]
+    q, k, v = random_qkv(getkey(), SHAPE)
+    qs = jnp.stack([jnp.stack([q, 2 * q, 3 * q], axis=2), jnp.stack([-q, q / 2, 0 * q], axis=2)])
+    ks = jnp.stack([k, 2 * k, k / 2])
+
+    @jax.jit
+    def nested(qs, ks, v):  # q has both axes, k the inner one, v none
+        inner = jax.vmap(jax.grad(loss, (1, 2, 3)), (None, 2, 0, None))
+        return jax.vmap(inner, (None, 0, None, None))(spec, qs, ks, v)
+
+    expected = stack(
+        [stack([grads(spec, qs[i, :, :, j], ks[j], v) for j in range(3)]) for i in range(2)]
+    )
+    assert_close(nested(qs, ks, v), expected)
+
+
+def test_vmap_over_an_empty_axis():
+    q = jnp.zeros((0, *SHAPE.query))
+    kv = jnp.zeros(SHAPE.key_value)
+    out, lse = jax.vmap(functools.partial(attend, SPECS["full"]), (0, None, None))(q, kv, kv)
+    assert (out.shape, lse.shape) == (q.shape, (0, SHAPE.batch, SHAPE.heads, SHAPE.seq_q))
+
+
+def test_vmap_is_one_kernel_call_and_does_not_copy_shared_keys(getkey):
+    spec = SPECS["bottom_right"]
+    arrays, in_axes = mapped_qkv(getkey(), (True, False, False))
+    half = [x.astype(jnp.bfloat16) for x in arrays]
+    text = cuda_text(jax.vmap(functools.partial(attend, spec), in_axes), *half)
+    assert kernel_calls(text) == 1
+    batch, seq_q, heads, head_dim = SHAPE.query
+    operands = (
+        f"tensor<{batch}x{seq_q}x{MAPPED * heads}x{head_dim}xbf16>",
+        *["tensor<{}x{}x{}x{}xbf16>".format(*SHAPE.key_value)] * 2,
+    )
+    assert f"({', '.join(operands)}) ->" in text
+
+
+# ---- Rematerialisation, loops --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names, calls", [((), 2), ((OUT_NAME,), 2), ((LSE_NAME,), 2), ((OUT_NAME, LSE_NAME), 1)]
+)
+@pytest.mark.parametrize("dispatch", ["auto", "flash"])
+def test_checkpoint_reruns_the_kernel_unless_its_results_are_saved(getkey, dispatch, names, calls):
+    spec = AttentionSpec(0.3, causal=True, dispatch=dispatch)
+    qkv = random_qkv(getkey(), SHAPE, jnp.bfloat16)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def block(*qkv):
+        return jnp.sum(jnp.tanh(attend(spec, *qkv)[0]).astype(jnp.float32))
+
+    saved = jax.checkpoint(block, policy=policy)
+    text = cuda_text(jax.value_and_grad(saved, (0, 1, 2)), *qkv)
+    assert kernel_calls(text) == calls
+
+
+def test_layers_in_scan_with_checkpoint(getkey):
+    spec = SPECS["top_left"]
+    q, k, v = random_qkv(getkey(), SHAPE)
+    layers = jnp.array([0.5, 1.0, 2.0])
+
+    def layer(q, scale):
+        return attend(spec, scale * q, k, v)[0]
+
+    def scanned(q):
+        body = jax.checkpoint(lambda q, scale: (layer(q, scale), None))
+        return jnp.sum(jax.lax.scan(body, q, layers)[0])
+
+    def unrolled(q):
+        return jnp.sum(functools.reduce(layer, layers, q))
+
+    assert_close(jax.jit(jax.grad(scanned))(q), jax.jit(jax.grad(unrolled))(q))
+    assert kernel_calls(cuda_text(jax.grad(scanned), q)) >= 2
+
+
+def test_in_a_while_loop(getkey):
+    spec = SPECS["full"]
+    q, k, v = random_qkv(getkey(), SHAPE)
+    looped = jax.lax.fori_loop(0, 3, lambda _, q: attend(spec, q, k, v)[0], q)
+    unrolled = functools.reduce(lambda q, _: run(spec, q, k, v)[0], range(3), q)
+    assert_close(looped, unrolled)
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "flash"])
+def test_second_derivatives_of_the_kernel_are_refused(getkey, dispatch):
+    spec = AttentionSpec(0.3, dispatch=dispatch)
+    q, k, v = random_qkv(getkey(), SHAPE, jnp.bfloat16)
+
+    def first(q, power):
+        dq = jax.grad(lambda q: jnp.sum(attend(spec, q, k, v)[0].astype(jnp.float32) ** power))(q)
+        return jnp.sum(dq.astype(jnp.float32))
+
+    for power in (1, 2):  # with 1, the gradient depends on the forward pass through lse alone
+        with pytest.raises(NotImplementedError, match='implementation="xla"'):
+            jax.eval_shape(jax.grad(lambda q, power=power: first(q, power)), q)
+
+
+def test_a_stopped_gradient_needs_no_second_derivative(getkey):
+    spec = SPECS["top_left"]
+    q, k, v = random_qkv(getkey(), SHAPE)
+
+    def stopped(q):
+        dq = jax.grad(lambda q: jnp.sum(attend(spec, q, k, v)[0] ** 2))(q)
+        return jnp.sum(q * jax.lax.stop_gradient(dq))
+
+    expected = jax.grad(lambda q: jnp.sum(attend(spec, q, k, v)[0] ** 2))(q)
+    assert_close(jax.grad(stopped)(q), expected)
+
+
+def test_second_derivatives_of_the_reference(getkey):
+    spec = SPECS["xla"]
+    q, k, v = random_qkv(getkey(), SHAPE)
+    tangent = jax.random.normal(getkey(), q.shape)
+
+    def directional(attention, q):
+        dq = jax.grad(lambda q: loss(spec, q, k, v, attention))(q)
+        return jnp.sum(dq * tangent)
+
+    ours, expected = (
+        jax.jit(jax.grad(functools.partial(directional, attention)))(q)
+        for attention in (attend, plain_attention)
+    )
+    np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_forward_over_reverse_of_the_reference(getkey):
+    spec = SPECS["xla"]
+    q, k, v = random_qkv(getkey(), SHAPE)
+    tangent = jax.random.normal(getkey(), q.shape)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def hessian_product(attention, q, tangent):
+        return jax.jvp(jax.grad(lambda q: loss(spec, q, k, v, attention)), (q,), (tangent,))[1]
+
+    ours, expected = (hessian_product(f, q, tangent) for f in (attend, plain_attention))
+    np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
+
+
+@each_spec
+def test_forward_mode_is_refused(getkey, spec):
+    q, k, v = random_qkv(getkey(), SHAPE)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: attend(spec, q, k, v), (q,), (q,))
+
+
+# ---- Export --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_export_for_two_platforms(getkey, symbolic):
+    qkv = random_qkv(getkey(), SHAPE, jnp.float16)
+    (batch,) = jax.export.symbolic_shape("batch") if symbolic else (SHAPE.batch,)
+    types = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in qkv]
+
+    @jax.jit
+    def causal(q, k, v):
+        return eqx_flash.dot_product_attention(q, k, v, is_causal=True)
+
+    exported = jax.export.export(
+        causal, platforms=("cpu", "cuda"), disabled_checks=eqx_flash.export_checks()
+    )(*types)
+    assert "eqx_flash_forward" in exported.mlir_module()
+    restored = jax.export.deserialize(exported.serialize(vjp_order=1))
+    np.testing.assert_array_equal(restored.call(*qkv), causal(*qkv))
+
+    def total(attention, *qkv):
+        return jnp.sum(attention(*qkv).astype(jnp.float32))
+
+    ours, expected = (
+        jax.grad(functools.partial(total, f), (0, 1, 2))(*qkv) for f in (restored.call, causal)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
