@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward and backward against the fastest attention that JAX has on Hopper, in one process.
+
+All implementations run the same arrays, round after round in turns, so that clocks, temperature and
+power are the same for each; a cell's figure is the median of its rounds. A bf16 matrix product runs
+along, to tell a slow kernel from a slow machine. Nobody's backward pass can be called by itself, so
+its time is that of both passes less that of the forward pass in the same rounds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import report
+
+TOKENS = 16_384  # batch * seq
+WIDTH = 2048  # heads * head_dim
+HEAD_DIMS = (64, 128, 256)
+MASKS = ("full", "causal")
+SEQS = (512, 2048, 8192, 16_384)
+# Peaky scores defeat a kernel that is fast only while its running maximum rarely moves.
+QUERY_FACTOR = {"normal": 1.0, "peaky": 6.0}
+
+
+# ---- What is compared ----------------------------------------------------------------------------
+# Each returns a function of (q, k, v), all [batch, seq, heads, head_dim], that gives the output.
+
+
+def ours(causal: bool) -> Callable:
+    import eqx_flash
+
+    # Returns the log-sum-exp too: our kernel always writes it.
+    return functools.partial(eqx_flash.flash_attention_hopper_fwd, causal=causal)
+
+
+def ours_deterministic(causal: bool) -> Callable:
+    import eqx_flash
+
+    return functools.partial(
+        eqx_flash.flash_attention_hopper_fwd, causal=causal, deterministic=True
+    )
+
+
+def fa3(causal: bool) -> Callable:
+    jax.devices()  # loads the CUDA runtime, which the library looks for
+    import dew_flash_attn  # pyright: ignore[reportMissingImports]
+
+    return functools.partial(dew_flash_attn.flash_mha, is_causal=causal)
+
+
+def cudnn(causal: bool) -> Callable:
+    return functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+
+
+def mosaic(causal: bool) -> Callable:
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    return functools.partial(
+        tokamax.dot_product_attention, is_causal=causal, implementation="mosaic"
+    )
+
+
+IMPLEMENTATIONS = {
+    report.OURS: ours,
+    report.DETERMINISTIC: ours_deterministic,
+    "fa3": fa3,
+    "cudnn": cudnn,
+    "mosaic": mosaic,
+}
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "eqx-flash",
+            "dew-flash-attn-cu13", "tokamax")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    head_dim: int
+    mask: str
+    seq: int
+
+    def __str__(self) -> str:
+        return f"d{self.head_dim}-{self.mask}-{self.seq}"
+
+    @property
+    def array(self) -> tuple[int, int, int, int]:
+        return TOKENS // self.seq, self.seq, WIDTH // self.head_dim, self.head_dim
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass: two matrix products; of a causal mask half."""
+        return 4 * TOKENS * self.seq * WIDTH / (2 if self.mask == "causal" else 1)
+
+
+BACKWARD_FLOPS = 2.5  # of the forward's: five products
+
+
+def both_passes(fn: Callable) -> Callable:
+    """`(q, k, v, dout) -> (dq, dk, dv)`, forward pass included."""
+
+    def run(q, k, v, dout):
+        return jax.vjp(lambda *operands: _output(fn(*operands)), q, k, v)[1](dout)
+
+    return run
+
+
+SHAPES = [Shape(d, mask, seq) for d in HEAD_DIMS for mask in MASKS for seq in SEQS]
+
+
+# ---- Compilation ---------------------------------------------------------------------------------
+
+
+Programs = dict[str, Callable]  # by implementation
+
+
+def compile_all(
+    shapes: list[Shape], names: list[str], passes: list[str], threads: int
+) -> dict[tuple[Shape, str], Programs]:
+    """{(shape, "fwd" or "bwd"): programs}, "bwd" standing for both passes.
+
+    What cannot be had is left out, with a line that says why.
+    """
+    lowered = {}
+    for shape, name in itertools.product(shapes, names):
+        operand = jax.ShapeDtypeStruct(shape.array, jnp.bfloat16)
+        with left_out_on_error(name, shape):
+            fn = IMPLEMENTATIONS[name](shape.mask == "causal")
+            lowered[shape, "fwd", name] = jax.jit(fn).lower(*[operand] * 3)
+            if "bwd" in passes:
+                lowered[shape, "bwd", name] = jax.jit(both_passes(fn)).lower(*[operand] * 4)
+    programs: dict[tuple[Shape, str], Programs] = {
+        (shape, pass_): {} for shape in shapes for pass_ in ("fwd", "bwd")
+    }
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = {where: pool.submit(one.compile) for where, one in lowered.items()}
+        for (shape, pass_, name), job in jobs.items():
+            with left_out_on_error(name, shape):
+                programs[shape, pass_][name] = job.result()
+    return programs
+
+
+@contextlib.contextmanager
+def left_out_on_error(name: str, shape: Shape) -> Iterator[None]:
+    """A peer may not be installed, or not serve a shape. The others are worth measuring still."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).strip().splitlines() or [""]
+        print(f"{name} {shape} left out: {type(error).__name__}: {text[0][:160]}", flush=True)
+
+
+def thermometer() -> tuple[Callable, tuple, float]:
+    """A matrix product: `(program, operands, flops)`."""
+    n = 8192
+    operands = tuple(jax.random.normal(key, (n, n), jnp.bfloat16) for key in _keys(0, 2))
+    return jax.jit(jnp.matmul).lower(*operands).compile(), operands, 2 * n**3
+
+
+# ---- Timing --------------------------------------------------------------------------------------
+
+
+def batch_seconds(program: Callable, operands: tuple, calls: int) -> float:
+    """Time of so many calls, enqueued without waiting: the GPU never sees the host's overhead."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = program(*operands)
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+
+def time_in_turns(
+    runs: dict[Any, tuple[Callable, tuple]], rounds: int, batch: float
+) -> dict[Any, tuple[list[float], int]]:
+    """{name: (seconds per call of each round, calls in a round)}."""
+    calls = {}
+    for name, (program, operands) in runs.items():
+        batch_seconds(program, operands, 2)
+        estimate = batch_seconds(program, operands, 4) / 4
+        calls[name] = min(400, max(3, round(batch / estimate)))
+        batch_seconds(program, operands, calls[name])  # warm: clocks, too
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds[name].append(batch_seconds(*runs[name], calls[name]) / calls[name])
+    return {name: (seconds[name], calls[name]) for name in runs}
+
+
+def measure_cell(
+    shape: Shape, data: str, forward: Programs, both: Programs, reference: tuple,
+    sampler: "Sampler", rounds: int, batch: float,
+) -> list[report.Row]:  # fmt: skip
+    """The forward pass, and the backward pass of those implementations that are in `both`."""
+    q, k, v, dout = (jax.random.normal(key, shape.array, jnp.bfloat16) for key in _keys(0, 4))
+    q = q * jnp.asarray(QUERY_FACTOR[data], q.dtype)
+    operands = {"fwd": (q, k, v), "bwd": (q, k, v, dout)}
+    programs = {"fwd": forward, "bwd": both}
+    runs = {
+        (pass_, name): (program, operands[pass_])
+        for pass_ in programs
+        for name, program in programs[pass_].items()
+    }
+    matmul, matrices, matmul_flops = reference
+    runs["fwd", report.THERMOMETER] = matmul, matrices
+    differences = {p: compare(programs[p], operands[p]) for p in programs}
+    begin = time.monotonic()
+    timed = time_in_turns(runs, rounds, batch)
+    state = sampler.state(begin)
+    rows = []
+    for (pass_, name), (seconds, calls) in timed.items():
+        flops = matmul_flops if name == report.THERMOMETER else shape.flops
+        if pass_ == "bwd":
+            flops *= BACKWARD_FLOPS
+            forward_median = statistics.median(timed["fwd", name][0])
+            seconds = [both - forward_median for both in seconds]
+        lower, median, upper = statistics.quantiles(seconds, n=4)
+        rows.append({
+            "data": data, "pass": pass_, "head_dim": shape.head_dim, "mask": shape.mask,
+            "seq": shape.seq, "implementation": name, "tflops": flops / median / 1e12,
+            "median_ms": 1e3 * median, "lower_quartile_ms": 1e3 * lower,
+            "upper_quartile_ms": 1e3 * upper, "fastest_ms": 1e3 * min(seconds),
+            "rounds": rounds, "calls_per_round": calls,
+            "max_difference_to_ours": differences[pass_].get(name), **state,
+        })  # fmt: skip
+    return rows
+
+
+def compare(programs: Programs, operands: tuple) -> dict[str, float]:
+    """The largest difference of each result from ours: a fast wrong answer should not pass."""
+    results = {name: _output(program(*operands)) for name, program in programs.items()}
+    if report.OURS not in results:
+        return {}
+    return {name: float(_difference(x, results[report.OURS])) for name, x in results.items()}
+
+
+@jax.jit
+def _difference(x, y):
+    return jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)))
+
+
+def _output(result):
+    return result[0] if isinstance(result, tuple | list) else result
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+
+
+SAMPLED = {"clocks.sm": "clock_mhz", "power.draw": "power_w", "temperature.gpu": "temperature_c"}
+
+
+class Sampler:
+    """nvidia-smi in the background: what the GPU did between two moments."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, list[float]]] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls) -> Iterator["Sampler"]:
+        sampler = cls()
+        command = ["nvidia-smi", f"--query-gpu={','.join(SAMPLED)}", "-i", "0",
+                   "--format=csv,noheader,nounits", "-lms", "100"]  # fmt: skip
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        except FileNotFoundError:
+            yield sampler
+            return
+        threading.Thread(target=sampler._read, args=(process.stdout,), daemon=True).start()
+        try:
+            yield sampler
+        finally:
+            process.kill()
+            process.wait()
+
+    def _read(self, lines) -> None:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                self.samples.append((time.monotonic(), [float(x) for x in line.split(",")]))
+
+    def state(self, begin: float) -> dict[str, float | None]:
+        """Medians since `begin`."""
+        found = [values for when, values in self.samples if when >= begin]
+        if not found:
+            return dict.fromkeys(SAMPLED.values())
+        medians = map(statistics.median, zip(*found, strict=True))
+        return dict(zip(SAMPLED.values(), medians, strict=True))
+
+
+def environment(commit: str | None) -> dict[str, Any]:
+    query = "name,driver_version,power.limit,clocks.max.sm,memory.total"
+    gpu = _output_of("nvidia-smi", f"--query-gpu={query}", "-i", "0", "--format=csv,noheader")
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    root = str(pathlib.Path(__file__).parents[1])
+    return {
+        "gpu": gpu.split(",")[0] or jax.devices()[0].device_kind,
+        "gpu_details": gpu,
+        "commit": commit or _output_of("git", "-C", root, "rev-parse", "HEAD") or "unknown",
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _keys(seed: int, n: int):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    here = pathlib.Path(__file__).parent
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=here / "results")
+    parser.add_argument("--cells", default="", help="only cells whose name, as d128-causal-8192, "
+                        "contains one of these words (comma-separated)")  # fmt: skip
+    parser.add_argument("--data", default=",".join(QUERY_FACTOR))
+    parser.add_argument("--passes", default="fwd,bwd")
+    parser.add_argument("--backward-data", default=",".join(QUERY_FACTOR))
+    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=float, default=0.02, help="seconds of work in a round")
+    parser.add_argument("--compile-threads", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds, then stop early")
+    parser.add_argument("--commit", default=os.environ.get("EQX_FLASH_COMMIT"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    deadline = time.monotonic() + args.budget
+    words = [word for word in args.cells.split(",") if word] or [""]
+    shapes = [shape for shape in SHAPES if any(word in str(shape) for word in words)]
+    names = args.implementations.split(",")
+    about = environment(args.commit)
+    print(json.dumps(about), flush=True)
+
+    begin = time.monotonic()
+    programs = compile_all(shapes, names, args.passes.split(","), args.compile_threads)
+    reference = thermometer()
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    rows: list[report.Row] = []
+    with Sampler.running() as sampler:
+        for data, shape in itertools.product(args.data.split(","), shapes):
+            if time.monotonic() > deadline:
+                print(f"out of time: {shape} {data} and what follows are missing", flush=True)
+                break
+            rows += measure_cell(
+                shape, data, programs[shape, "fwd"],
+                programs[shape, "bwd"] if data in args.backward_data.split(",") else {},
+                reference, sampler,
+                args.rounds, args.batch,
+            )  # fmt: skip
+            report.write(args.out, about, rows)  # what is measured is never lost
+    if not rows:
+        raise SystemExit("nothing was measured")
+    print(report.table(rows))
+    report.plot(args.out / "bench.png", about, rows)
+
+
+if __name__ == "__main__":
+    main()
