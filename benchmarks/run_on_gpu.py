@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 GPU_TESTS = ROOT / "tests" / "gpu"
 HEAD_DIMS = (64, 128, 256)
 GRADIENTS = ("dq", "dk", "dv")
-LIMITS = {"smoke": 60, "tests": 280, "sanitize": 270, "bench": 330}  # seconds
+LIMITS = {"smoke": 60, "tests": 290, "sanitize": 270, "bench": 330}  # seconds
 TEST_LIMITS = {"tests": 100, "sanitize": 250}  # seconds, for one test
 LOG_BYTES = 8 << 20
 
@@ -37,13 +37,23 @@ class Session:
         self.record = pathlib.Path(tempfile.mkdtemp(prefix="eqx_flash_record_"))
         self.deadline = time.monotonic() + deadline
         self.summary: list[str] = []
+        self.evidence: list[str] = []
         self.failed = False
         out.mkdir(parents=True, exist_ok=True)
 
     def say(self, line: str) -> None:
         self.summary.append(line)
         print(line, flush=True)
-        (self.out / "summary.txt").write_text("\n".join(self.summary) + "\n")
+        self._write()
+
+    def keep_evidence(self, title: str, text: str) -> None:
+        """Puts into summary.txt what is too long to print."""
+        self.evidence += ["", f"######## {title}", text]
+        self._write()
+
+    def _write(self) -> None:
+        text = "\n".join([*self.summary, *self.evidence])
+        (self.out / "summary.txt").write_text(text + "\n")
 
     def start(self, *command: object, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -138,7 +148,7 @@ def tests(session: Session, jobs: int, quick: bool, keyword: str) -> None:
     collect_sweep(session)
     witness = session.record / "command_buffer.txt"
     if witness.exists():
-        shutil.copy(witness, session.out)
+        session.keep_evidence("command buffer", witness.read_text())
         session.say(f"command buffer: {witness.read_text().splitlines()[0]}")
 
 
@@ -178,7 +188,7 @@ def sanitize(session: Session) -> None:
     session.say(f"sanitize: {verdict}, {_last_line(output)}")
     found = session.record / "sanitizer.txt"
     if found.exists():
-        shutil.copy(found, session.out)
+        session.keep_evidence("compute-sanitizer", found.read_text())
         for line in found.read_text().split("\n\n")[0].splitlines():
             session.say(f"  {line}")
 

@@ -40,7 +40,7 @@ add_custom_command(OUTPUT ${wgmma_atoms} DEPENDS ${generate_wgmma} VERBATIM
 # wgmma.
 add_library(eqx_flash_kernels OBJECT ${kernels} ${wgmma_atoms})
 target_include_directories(eqx_flash_kernels PRIVATE csrc ${generated})
-target_compile_options(eqx_flash_kernels PRIVATE -Xptxas=-v,--warn-on-spills
+target_compile_options(eqx_flash_kernels PRIVATE -Xptxas=-v
                        --expt-relaxed-constexpr) # tile sizes are plain constexpr functions
 set(launcher ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/check_ptxas.py)
 if(CCACHE)

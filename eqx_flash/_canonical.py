@@ -31,7 +31,13 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, *given: Any) -> Operands:
         named = zip(cls._fields, given, strict=False)
-        return cls(*[None if x is None else _checks.array(name, x) for name, x in named])
+        optional = cls._field_defaults
+        return cls(
+            *[
+                None if x is None and name in optional else _checks.array(name, x)
+                for name, x in named
+            ]
+        )
 
 
 class Choice(NamedTuple):
@@ -165,13 +171,14 @@ def _with_scale(spec: AttentionSpec, scale: Any, choice: Choice) -> Plan:
 
 def arrays(operands: Operands, q_factor: float | jax.Array | None) -> tuple[Any, ...]:
     """The operands of `_primitive.attend`."""
-    *leading, query_lengths, key_value_lengths = operands
-    query, *others = (
-        x if x is None or x.ndim == 4 else x.reshape(_checks.rank4(x.shape)) for x in leading
-    )
+
+    def with_batch(x: Any) -> Any:
+        return x if x is None or x.ndim == 4 else x.reshape(_checks.rank4(x.shape))
+
+    query, *others = map(with_batch, operands[:5])
     if q_factor is not None:
         query *= jnp.asarray(q_factor, query.dtype)
-    return query, *others, query_lengths, key_value_lengths
+    return query, *others, operands.query_seq_lengths, operands.key_value_seq_lengths
 
 
 _warned: set[str] = set()

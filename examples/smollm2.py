@@ -184,7 +184,7 @@ def load_model(
     return eqx.tree_at(lambda model: list(parameters(model).values()), model, arrays)
 
 
-def parameters(model: SmolLM2) -> dict[str, Array]:
+def parameters(model: SmolLM2) -> dict[str, Any]:
     """The arrays of the model by their names in a GGUF file, where * is the number of a block."""
     block = model.blocks
     return {
@@ -206,7 +206,7 @@ def load_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    # What the metadata call "smollm": GPT-2's splitting into words, after each digit on its own.
+    # What the metadata calls "smollm": each digit on its own, and between digits GPT-2's words.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -304,17 +304,17 @@ def main() -> None:
     model, tokenizer = load(args.weights, dtype)
     prompts = [tokenizer.encode(CHAT.format(question)).ids for question in args.questions]
 
+    def heads(count: int) -> jax.ShapeDtypeStruct:
+        seq = max(map(len, prompts)) + args.max_tokens
+        return jax.ShapeDtypeStruct((len(prompts), seq, count, attention.qk_size), dtype)
+
     attention = model.blocks.attention
-    seq = max(map(len, prompts)) + args.max_tokens
-    query = jax.ShapeDtypeStruct((len(prompts), seq, attention.num_heads, attention.qk_size), dtype)
-    key = jax.ShapeDtypeStruct(
-        (len(prompts), seq, attention.num_kv_heads, attention.qk_size), dtype
-    )
+    query, key = heads(attention.num_heads), heads(attention.num_kv_heads)
     size = sum(x.size for x in parameters(model).values())
     print(f"model      {size:,} parameters, computing in {jnp.dtype(dtype).name}")
     print(f"attention  {eqx_flash.explain(query, key, key, is_causal=True)}\n")
 
-    end = tokenizer.token_to_id(END)
+    [end] = tokenizer.encode(END).ids
     answers = generate(model, prompts, end, args.max_tokens, args.temperature, args.seed)
     for question, answer in zip(args.questions, answers, strict=True):
         print(f"\n> {question}\n{tokenizer.decode(answer)}")

@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 # Small, each for a reason. As `@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)`.
 SHAPES = {
     "square": Shape(2, 32, 32, 2, 2, 16),
-    "grouped": Shape(2, 33, 47, 6, 2, 8),  # odd lengths, three query heads to a key/value head
+    "grouped": Shape(2, 34, 47, 6, 2, 8),  # lengths that no tile divides, heads in threes
     "shared": Shape(1, 47, 33, 4, 1, 8),  # more queries than keys, one key/value head
     "decode": Shape(3, 1, 65, 4, 2, 16),
     "one_key": Shape(2, 19, 1, 2, 2, 8),

@@ -103,10 +103,8 @@ def value_and_grads(fn, spec, q, k, v, bias=None, *extras):
         weights = jnp.cos(jnp.arange(out.size, dtype=lse.dtype)).reshape(out.shape)
         lse_weights = jnp.sin(jnp.arange(lse.size, dtype=lse.dtype)).reshape(lse.shape)
         finite_lse = jnp.where(jnp.isfinite(lse), lse, 0)
-        return jnp.sum(weights * out.astype(lse.dtype)) + jnp.sum(lse_weights * finite_lse), (
-            out,
-            lse,
-        )
+        total = jnp.sum(weights * out.astype(lse.dtype)) + jnp.sum(lse_weights * finite_lse)
+        return total, (out, lse)
 
     argnums = tuple(range(len(differentiable)))
     grad = jax.grad(loss, argnums, has_aux=True)
@@ -149,11 +147,9 @@ def test_exact_by_spec(spec, float64, getkey):
 
 EXTRAS = [
     ["bias"],
-    ["head_bias"],
-    ["row_bias"],
+    ["head_bias", "key_mask"],
+    ["row_bias", "head_mask"],
     ["mask"],
-    ["key_mask"],
-    ["head_mask"],
     ["query_lengths"],
     ["key_value_lengths"],
     ["bias", "mask", "query_lengths", "key_value_lengths"],
@@ -181,7 +177,7 @@ def test_exact_by_shape(shape, float64, getkey):
 
 @pytest.mark.usefixtures("full_size_tiles")
 def test_full_size_tiles(getkey):
-    shape = Shape(1, 700, 1100, 2, 1, 8)  # 2 x 3 tiles, of which none divides its length
+    shape = Shape(1, 701, 1100, 2, 1, 8)  # 2 x 3 tiles, whose sides divide neither length
     extras = make_extras(getkey(), shape, "bias", "mask")
     args = (SPECS["causal_bottom_right"], *random_qkv(getkey(), shape), *extras)
     ours = value_and_grads(attend, *args)
@@ -395,9 +391,7 @@ def test_sizes_of_zero(shape, getkey):
 # ---- Transformations -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "axes", [(0, 0, 0, 0), (2, 1, 4, 0), (0, None, None, None), (None, 1, 0, 2)]
-)
+@pytest.mark.parametrize("axes", [(2, 1, 4, 0), (0, None, None, None), (None, 1, 0, 2)])
 def test_vmap(axes, float64, getkey):
     shape = Shape(2, 19, 21, 4, 2, 4)
 

@@ -161,6 +161,13 @@ struct BackwardDkdvKernel {
         : args(args_), smem(smem_), at(block(args_)), key_slab(key_slab_) {
       asm volatile("mov.b32 %0, %0;" : "+f"(scale_log2));  // a vector register: operand reuse
     }
+    // This warp is done with a stage. The lanes read its statistics one by one, so that they must
+    // agree before one of them arrives for all.
+    template <typename Ring>
+    EQX_DEVICE void release(const Ring& ring, Cursor cursor) const {
+      __syncwarp();
+      ring.empty(cursor.stage).arrive_if(elected);
+    }
     EQX_DEVICE int first_key() const { return at.n_block * kBlockN + key_slab * kWarpgroupRows; }
 
     // S^T = K Q^T
@@ -295,8 +302,8 @@ struct BackwardDkdvKernel {
         sm90::wgmma_wait<0>();  // dV, dK
         sm90::pin(rdV);
         sm90::pin(rdK);
-        smem.dout.empty(previous.stage).arrive_if(me.elected);  // the producer may refill dO
-        smem.q.empty(previous.stage).arrive_if(me.elected);     // the producer may refill Q
+        me.release(smem.dout, previous);  // the producer may refill dO
+        me.release(smem.q, previous);     // the producer may refill Q
         finish_ds();
       }
       me.multiply(rdV, rP, smem.dout, cursor);
@@ -328,7 +335,7 @@ struct BackwardDkdvKernel {
     for (float& x : rdV) x = 0.f;
     auto finish_scores = [&](Cursor cursor, int step, int m_block) {
       me.probabilities(rS, cursor, m_block);
-      smem.q.empty(cursor.stage).arrive_if(me.elected);  // this warpgroup is done with Q and LSE
+      me.release(smem.q, cursor);  // this warpgroup is done with Q and LSE
       const auto slot = sm90::Cursor<2>::after(step);
       smem.probabilities.wait_empty(slot);  // the other warpgroup has read the slot
 #pragma unroll
@@ -362,7 +369,7 @@ struct BackwardDkdvKernel {
         finish_scores(cursor, step, m_block);
         sm90::wgmma_wait<0>();  // dV
         sm90::pin(rdV);
-        smem.dout.empty(previous.stage).arrive_if(me.elected);  // done with dO(i-1)
+        me.release(smem.dout, previous);  // done with dO(i-1)
         Consumer::pack(rP, rS);
       }
       smem.dout.wait_full(cursor);  // the last dO has landed
@@ -403,7 +410,7 @@ struct BackwardDkdvKernel {
       me.start_dp(rdP, cursor);
       sm90::wgmma_wait<0>();
       sm90::pin(rdP);
-      smem.dout.empty(cursor.stage).arrive_if(me.elected);  // done with dO(0) and delta
+      me.release(smem.dout, cursor);  // done with dO(0) and delta
       read_probabilities(0);
       Consumer::pack_product(rdS, rP, rdP);
 #pragma unroll 1
@@ -417,11 +424,11 @@ struct BackwardDkdvKernel {
         sm90::wgmma_commit();
         sm90::wgmma_wait<1>();  // dP(i)
         sm90::pin(rdP);
-        smem.dout.empty(cursor.stage).arrive_if(me.elected);  // done with dO(i) and delta
+        me.release(smem.dout, cursor);  // done with dO(i) and delta
         read_probabilities(step);
         sm90::wgmma_wait<0>();  // dK
         sm90::pin(rdK);
-        smem.q.empty(previous.stage).arrive_if(me.elected);  // done with Q(i-1)
+        me.release(smem.q, previous);  // done with Q(i-1)
         Consumer::pack_product(rdS, rP, rdP);
       }
       smem.q.wait_full(cursor);  // the last Q has landed

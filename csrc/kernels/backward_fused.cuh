@@ -155,15 +155,15 @@ struct BackwardFusedKernel
       start_dq(rdQ, ds);
       sm90::wgmma_wait<1>();  // dV
       sm90::pin(rdV);
-      smem.dout.empty(cursor.stage).arrive_if(me.elected);  // the producer may refill dO
-      me.multiply(rdK, rdS, smem.q, cursor);                // dK += dS^T Q
+      me.release(smem.dout, cursor);          // the producer may refill dO
+      me.multiply(rdK, rdS, smem.q, cursor);  // dK += dS^T Q
       sm90::wgmma_commit();
       sm90::wgmma_wait<1>();  // dQ
       sm90::pin(rdQ);
       stage_dq(rdQ);
       sm90::wgmma_wait<0>();  // dK
       sm90::pin(rdK);
-      smem.q.empty(cursor.stage).arrive_if(me.elected);  // the producer may refill Q
+      me.release(smem.q, cursor);  // the producer may refill Q
       cursor.advance();
       m_block = me.next_query_block(m_block);
     }

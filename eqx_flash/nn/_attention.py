@@ -9,6 +9,7 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
 from .._dot_product_attention import dot_product_attention
@@ -364,7 +365,7 @@ class MultiheadAttention(eqx.Module):
         if self.is_causal:
             visible = visible & jnp.tri(*logits.shape[1:], dtype=bool)
         logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
-        weights = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        weights = jax.nn.softmax(logits.astype(np.promote_types(logits.dtype, np.float32)))
         # A row without a visible key comes out of the softmax uniform, and must be zero.
         weights = jnp.where(visible, weights, 0).astype(logits.dtype)
         keys = jax.random.split(dropout_key, self.num_heads)

@@ -16,16 +16,24 @@ import eqx_flash
 NAMES = ("dq", "dk", "dv")
 
 
-def flash_gradients(q, k, v, dout, dlse, mask: str, deterministic: bool, scale=None):
+def flash_gradients(q, k, v, dout, dlse, mask: str, deterministic: bool):
     """`(dq, dk, dv)` of the kernels, through the public functions."""
-    arguments = {
-        "softmax_scale": scale,
-        "causal": mask != "full",
-        "causal_alignment": "bottom_right" if mask == "bottom_right" else "top_left",
-    }
-    out, lse = eqx_flash.flash_attention_hopper_fwd(q, k, v, **arguments)
+    out, lse = oracle.flash(q, k, v, mask)
+    return flash_backward(q, k, v, out, lse, dout, dlse, mask, deterministic)
+
+
+def flash_backward(q, k, v, out, lse, dout, dlse, mask: str, deterministic: bool):
     return eqx_flash.flash_attention_hopper_bwd(
-        q, k, v, out, lse, dout, dlse, **arguments, deterministic=deterministic
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dout,
+        dlse,
+        causal=mask != "full",
+        causal_alignment="bottom_right" if mask == "bottom_right" else "top_left",
+        deterministic=deterministic,
     )
 
 

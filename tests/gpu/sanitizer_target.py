@@ -49,8 +49,9 @@ def main() -> None:
         batch, seq_q, _, heads, _ = sizes
         cotangents = gradients.random_cotangents(dtype, batch, seq_q, heads, head_dim)
         cotangents = [jax.device_put(x) for x in cotangents]
+        residuals = [jax.device_put(np.asarray(x)) for x in (out, lse)]
         both = [
-            gradients.flash_gradients(*arrays, *cotangents, mask, deterministic)
+            gradients.flash_backward(*arrays, *residuals, *cotangents, mask, deterministic)
             for deterministic in (False, True)
         ]
         for fused, split in zip(*both, strict=True):
