@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements to tables and figures. `python report.py results/bench.json` does it again."""
+"""Measurements to tables and figures. `python report.py results/*/bench.json` does it again."""
 
 import argparse
 import csv
@@ -175,11 +175,18 @@ def _plot_pass(path: pathlib.Path, pass_: str, environment: dict[str, Any], rows
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=pathlib.Path)
-    path = parser.parse_args().json
-    content = json.loads(path.read_text())
-    print(table(content["rows"]))
-    plot(path.with_suffix(".png"), content["environment"], content["rows"])
+    parser.add_argument(
+        "json", type=pathlib.Path, nargs="+", help="later files fill in cells that the first lacks"
+    )
+    paths = parser.parse_args().json
+    contents = [json.loads(path.read_text()) for path in paths]
+    rows: list[Row] = []
+    for content in contents:
+        present = set(by_cell(rows))
+        rows += [row for cell, found in by_cell(content["rows"]).items() if cell not in present
+                 for row in found.values()]  # fmt: skip
+    print(table(rows))
+    plot(paths[0].with_suffix(".png"), contents[0]["environment"], rows)
 
 
 if __name__ == "__main__":

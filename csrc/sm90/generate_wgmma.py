@@ -29,9 +29,7 @@ def instruction(ptx_type: str, n: int, a_in_registers: bool, b_transposed: bool)
         a_text, inputs = f"%{operand}", '"l"(a)'
         operand += 1
         flags = f"1, 1, 0, {int(b_transposed)}"
-    name, a_type = (
-        ("registers", "const uint32_t*") if a_in_registers else ("shared", "uint64_t")
-    )
+    name, a_type = ("registers", "const uint32_t*") if a_in_registers else ("shared", "uint64_t")
     return (
         f"  EQX_DEVICE static void {name}(float (&d)[{accumulators}], {a_type} a, uint64_t b,"
         f" bool accumulate) {{\n"
