@@ -93,7 +93,7 @@ def backward(spec: AttentionSpec, q, k, v, out, lse, dout, dlse):
     padded = -(-seq_q // _QUERY_PADDING) * _QUERY_PADDING
     row_stats = _result(q, (batch, heads, padded), jnp.float32, (0, 2, None))
     # The fused kernel sums dQ in fp32, in rows as wide as its tile.
-    width = min(d for d in built_head_dims() or ALL_HEAD_DIMS if d >= head_dim)
+    width = _tile_head_dim(head_dim)
     fused = not spec.deterministic and width <= _LARGEST_FUSED_HEAD_DIM
     accumulator = batch * heads * padded * width if fused else 1
     dq, dk, dv, *_ = jax.ffi.ffi_call(
@@ -108,6 +108,15 @@ def backward(spec: AttentionSpec, q, k, v, out, lse, dout, dlse):
         ),
     )(q, k, v, out, lse, dout, dlse, **_attributes(spec), deterministic=spec.deterministic)
     return dq, dk, dv
+
+
+def _tile_head_dim(head_dim: int) -> int:
+    """The head dim of the tile that serves `head_dim`.
+
+    Without one in this build, that of a full build: a program may be lowered for another machine.
+    """
+    built = [d for d in built_head_dims() if d >= head_dim]
+    return min(built or [d for d in ALL_HEAD_DIMS if d >= head_dim])
 
 
 def _attributes(spec: AttentionSpec) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 """What the kernel is handed: read from programs lowered for CUDA, on any machine."""
 
 import functools
+import pathlib
 import re
 
 import jax
@@ -12,7 +13,7 @@ from common import SHAPES, Shape, plain_attention, random_qkv
 from lowered import BACKWARD, KERNEL, cuda_text, kernel_calls
 
 import eqx_flash
-from eqx_flash import _platform, _primitive
+from eqx_flash import _ffi, _platform, _primitive
 from eqx_flash._spec import AttentionSpec
 
 SHAPE = Shape(batch=2, seq_q=5, seq_k=7, heads=6, heads_k=2, head_dim=24)
@@ -175,6 +176,27 @@ def test_operands_and_results_of_the_backward_kernel():
     q, kv = tensor(*SHAPE.query, dtype="bf16"), tensor(*SHAPE.key_value, dtype="bf16")
     lse = tensor(SHAPE.batch, SHAPE.heads, SHAPE.seq_q, dtype="f32")
     assert f": ({q}, {kv}, {kv}, {q}, {lse}, {q}, {lse}) -> ({q}, {kv}, {kv}, " in text
+
+
+def test_gradient_lowers_in_a_build_without_its_head_dim(monkeypatch):
+    """A development build has a few kernels, but a program may be meant for another machine."""
+    monkeypatch.setattr(_ffi, "built_head_dims", lambda: (64,))
+    large = [jax.ShapeDtypeStruct((1, 5, 2, 128), jnp.bfloat16)] * 3
+
+    def loss(q, k, v):
+        return jnp.sum(eqx_flash.dot_product_attention(q, k, v).astype(jnp.float32))
+
+    assert kernel_calls(cuda_text(jax.grad(loss), *large), BACKWARD) == 1
+
+
+def test_sizes_of_scratch_are_those_of_the_kernels():
+    """Python computes them, as a program may be lowered where no kernels were built."""
+    csrc = pathlib.Path(__file__).parents[1] / "csrc"
+    assert f"kQueryPadding = {_ffi._QUERY_PADDING};" in (csrc / "params.h").read_text()
+    fused = (
+        f"has_fused_backward(int head_dim) {{ return head_dim <= {_ffi._LARGEST_FUSED_HEAD_DIM};"
+    )
+    assert fused in (csrc / "tile_config.h").read_text()
 
 
 @pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, None), (None, 0, None)])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import test_determinism as determinism
 import test_forward as forward
 
 import eqx_flash
@@ -152,18 +153,8 @@ def test_deterministic_means_bitwise(mask, head_dim):
     first = run(*arrays)
     mismatches = jnp.zeros((), jnp.int32)
     for _ in range(1000):
-        mismatches = add_mismatches(mismatches, run(*arrays), first)
+        mismatches = determinism.add_mismatches(mismatches, run(*arrays), first)
     assert mismatches == 0
-
-
-@jax.jit
-def add_mismatches(count, results, expected):
-    for x, y in zip(results, expected, strict=True):
-        different = jax.lax.bitcast_convert_type(x, jnp.uint16) != jax.lax.bitcast_convert_type(
-            y, jnp.uint16
-        )
-        count += jnp.sum(different, dtype=jnp.int32)
-    return count
 
 
 @each_implementation
