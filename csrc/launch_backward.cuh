@@ -7,6 +7,7 @@
 #include "kernels/backward_dkdv.cuh"
 #include "kernels/backward_dq.cuh"
 #include "kernels/backward_fused.cuh"
+#include "kernels/backward_fused_dq_warpgroup.cuh"
 #include "kernels/backward_prep.cuh"
 #include "launch.cuh"
 
@@ -29,7 +30,7 @@ cudaError_t launch_backward_prep(const BackwardParams& params, cudaStream_t stre
   return cudaGetLastError();
 }
 
-// A kernel whose blocks hold keys: kKernel is backward_dkdv_kernel or backward_fused_kernel.
+// A kernel whose blocks hold keys: kKernel runs Kernel.
 template <typename Element, typename Kernel, auto* kKernel>
 cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaStream_t stream) {
   const ForwardParams& shape = params.forward;
@@ -50,7 +51,7 @@ cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaS
   if (encode.error != cudaSuccess) return encode.error;
   const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  kKernel<<<args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream>>>(args);
+  kKernel<<<args.order.total, Kernel::kThreads, Kernel::Smem::kBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -92,6 +93,19 @@ cudaError_t launch_backward_finish_dq(const BackwardParams& params, cudaStream_t
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
+cudaError_t launch_backward_fused(const BackwardParams& params, int device, cudaStream_t stream) {
+  if constexpr (has_dq_warpgroup(kHeadDim)) {
+    using Kernel = BackwardFusedDqWarpgroupKernel<Element, kHeadDim, kMask>;
+    constexpr auto* kKernel = &backward_fused_dq_warpgroup_kernel<Element, kHeadDim, kMask>;
+    return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
+  } else {
+    using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
+    constexpr auto* kKernel = &backward_fused_kernel<Element, kHeadDim, kMask>;
+    return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
+  }
+}
+
+template <typename Element, int kHeadDim, Mask kMask>
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   DeviceInfo device;
   cudaError_t error = current_device(&device);
@@ -100,10 +114,7 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if constexpr (has_fused_backward(kHeadDim)) {
     if (params.dq_accumulator != nullptr) {
-      using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
-      error =
-          launch_backward_keys<Element, Kernel, &backward_fused_kernel<Element, kHeadDim, kMask>>(
-              params, device.ordinal, stream);
+      error = launch_backward_fused<Element, kHeadDim, kMask>(params, device.ordinal, stream);
       if (error != cudaSuccess) return error;
       return launch_backward_finish_dq<Element, kHeadDim>(params, stream);
     }

@@ -31,12 +31,14 @@ struct BackwardDkdvKernel {
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kKeySlabs = kBlockN / kWarpgroupRows;
-  static constexpr int kConsumerWarps = 8;
+  static constexpr int kThreads = kBackwardThreads;
+  static constexpr int kConsumerThreads = 2 * sm90::kWarpgroup;
   // Two slabs: each warpgroup computes dK and dV of its own 64 keys. One slab: the accumulators
   // are too large for that, and one warpgroup computes dV, the other dK.
   static constexpr bool kSplitOutputs = kKeySlabs == 1;
   using QueryTile = sm90::SmemTile<kBlockM, kHeadDim>;       // of Q, or of dO
   using KeySlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // 64 keys of K, V, dK, or dV
+  using ScoreTile = sm90::SmemTile<kBlockM, kBlockN>;        // dS of the fused kernels
   using Cursor = sm90::Cursor<kTile.k_stages>;
   static_assert(kTile.k_stages == kTile.v_stages);
 
@@ -71,8 +73,8 @@ struct BackwardDkdvKernel {
       keys_full = {probabilities.barriers + sm90::Ring<2>::kBarrierBytes};
     }
     EQX_DEVICE void init_barriers() const {
-      q.init(kConsumerWarps);
-      dout.init(kConsumerWarps);
+      q.init(kConsumerThreads);
+      dout.init(kConsumerThreads);
       for (int stage = 0; stage < 2; ++stage) {
         probabilities.full(stage).init(sm90::kWarpgroup);
         probabilities.empty(stage).init(sm90::kWarpgroup);
@@ -153,20 +155,19 @@ struct BackwardDkdvKernel {
     const Smem& smem;
     const Block at;
     const int thread = threadIdx.x % sm90::kWarpgroup;
-    const bool elected = thread % sm90::kWarp == 0;  // arrives for its warp
-    const int key_slab;                              // of this warpgroup
+    const int key_slab;  // of this warpgroup
     float scale_log2 = args.params.forward.softmax_scale * 1.44269504f;
 
     EQX_DEVICE Consumer(const BackwardDkdvArguments& args_, const Smem& smem_, int key_slab_)
         : args(args_), smem(smem_), at(block(args_)), key_slab(key_slab_) {
       asm volatile("mov.b32 %0, %0;" : "+f"(scale_log2));  // a vector register: operand reuse
     }
-    // This warp is done with a stage. The lanes read its statistics one by one, so that they must
-    // agree before one of them arrives for all.
+    // This thread is done with a stage. Every lane arrives for itself, since each has read some of
+    // the stage's statistics: one lane for all, after __syncwarp, is no faster, and racecheck does
+    // not see that it waits for the others.
     template <typename Ring>
     EQX_DEVICE void release(const Ring& ring, Cursor cursor) const {
-      __syncwarp();
-      ring.empty(cursor.stage).arrive_if(elected);
+      ring.empty(cursor.stage).arrive();
     }
     EQX_DEVICE int first_key() const { return at.n_block * kBlockN + key_slab * kWarpgroupRows; }
 
@@ -244,6 +245,17 @@ struct BackwardDkdvKernel {
       for (int i = 0; i < kBlockM / 4; ++i) {
         packed[i] = sm90::pack<Element>(x[2 * i] * y[2 * i], x[2 * i + 1] * y[2 * i + 1]);
       }
+    }
+    // dS^T in registers -> dS in shared memory; this warpgroup's keys are one slab of columns.
+    EQX_DEVICE void store_ds(uint32_t ds, const uint32_t (&rdS)[kBlockM / 4]) const {
+      const int lane = thread % sm90::kWarp;
+      const int piece = 8 * key_slab + 2 * (thread / sm90::kWarp) + (lane / 8) % 2;
+#pragma unroll
+      for (int j = 0; j < kBlockM / 16; ++j) {
+        const int row = 16 * j + 8 * (lane / 16) + lane % 8;
+        sm90::store_matrix_x4_transposed(ds + ScoreTile::piece_offset(row, piece), rdS + 4 * j);
+      }
+      sm90::fence_async_proxy();
     }
     EQX_DEVICE int next_query_block(int m_block) const {
       return m_block + 1 < at.queries.end ? m_block + 1 : at.queries.first;  // next head

@@ -1,27 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast backward kernel: dK, dV and dQ in one pass, five products a step instead of seven.
-// Keys stay; each step's share of dQ is added in fp32 to an accumulator in L2 by a warp of its own,
-// in whatever order the thread blocks get there.
+// Keys stay; each step's share of dQ is added in fp32 to an accumulator in L2, in whatever order
+// the thread blocks get there. The warpgroups of the keys compute dQ, each half of its columns, and
+// a warp of its own sends it off.
 #pragma once
 
 #include "kernels/backward_dkdv.cuh"
+#include "kernels/dq_accumulator.cuh"
 
 namespace eqx_flash {
-
-// dQ of one step is computed and staged in two parts, each half of the head dim, one a warpgroup.
-// The accumulator holds the parts of a query block one after the other, each as the threads of the
-// warpgroup hold it: float4 [columns / 8][thread].
-template <int kHeadDim>
-struct DqParts {
-  static constexpr int kBlockM = backward_fused_tile(kHeadDim).block_m;
-  static constexpr int kCols = kHeadDim / 2;
-  static constexpr int kFloats = kBlockM * kCols;
-  static_assert(kBlockM == kWarpgroupRows);
-
-  EQX_DEVICE static int64_t offset(int64_t batch_head, int padded_seq_q, int m_block, int part) {
-    return (batch_head * padded_seq_q + int64_t{m_block} * kBlockM) * kHeadDim + part * kFloats;
-  }
-};
 
 template <typename Element, int kHeadDim, Mask kMask>
 struct BackwardFusedKernel
@@ -31,7 +18,7 @@ struct BackwardFusedKernel
   using Cursor = typename Base::Cursor;
   using KeySlab = typename Base::KeySlab;
   using Parts = DqParts<kHeadDim>;
-  using ScoreTile = sm90::SmemTile<Base::kBlockM, Base::kBlockN>;  // dS, queries by keys
+  using ScoreTile = typename Base::ScoreTile;
   static constexpr int kBlockM = Base::kBlockM;
   static constexpr int kPartBytes = Parts::kFloats * 4;
   static constexpr int kReducerBarrierThreads = sm90::kWarpgroup + sm90::kWarp;
@@ -90,17 +77,6 @@ struct BackwardFusedKernel
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.f;
 
-    // dS^T in registers -> dS in shared memory; this warpgroup's keys are one slab of columns.
-    auto store_ds = [&](uint32_t ds) {
-      const int lane = me.thread % sm90::kWarp;
-      const int piece = 8 * warpgroup + 2 * (me.thread / sm90::kWarp) + (lane / 8) % 2;
-#pragma unroll
-      for (int j = 0; j < kBlockM / 16; ++j) {
-        const int row = 16 * j + 8 * (lane / 16) + lane % 8;
-        sm90::store_matrix_x4_transposed(ds + ScoreTile::piece_offset(row, piece), rdS + 4 * j);
-      }
-      sm90::fence_async_proxy();
-    };
     auto start_dq = [&](float (&rdQ)[Parts::kCols / 2], uint32_t ds) {  // dQ = dS K
       const auto a = ScoreTile::k_major(ds);
       const int cols = warpgroup * Parts::kCols;
@@ -148,7 +124,7 @@ struct BackwardFusedKernel
       Consumer::pack_product(rdS, rS, rdP);
       me.multiply(rdV, rP, smem.dout, cursor);  // dV += P^T dO
       sm90::wgmma_commit();
-      store_ds(ds);
+      me.store_ds(ds, rdS);
       // Both halves of dS are in shared memory.
       sm90::named_barrier_sync(sm90::NamedBarrier::kDsReady, 0, 2 * sm90::kWarpgroup);
       float rdQ[Parts::kCols / 2];
@@ -193,53 +169,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   } else {
     sm90::grow_registers<kBackwardConsumerRegisters>();
     Kernel::consume(args, smem, warpgroup - 1);
-  }
-}
-
-// The accumulated dQ, scaled, as 16-bit rows. A thread block a part; a thread eight columns of the
-// rows r and r + 8.
-template <int kHeadDim>
-inline constexpr int kFinishDqThreads = 4 * 8 * DqParts<kHeadDim>::kCols / 8;
-
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kFinishDqThreads<kHeadDim>)
-    backward_finish_dq_kernel(const BackwardParams params) {
-  using Parts = DqParts<kHeadDim>;
-  constexpr int kGroups = Parts::kCols / 8;
-  const ForwardParams& shape = params.forward;
-  const int m_blocks = (shape.seq_q + Parts::kBlockM - 1) / Parts::kBlockM;
-  const int part = blockIdx.x % 2;
-  const int batch_head = blockIdx.x / 2 / m_blocks;
-  const int m_block = blockIdx.x / 2 - batch_head * m_blocks;
-  const int batch = batch_head / shape.heads;
-  const int head = batch_head - batch * shape.heads;
-  const int group = threadIdx.x % kGroups;
-  const int warp = threadIdx.x / (8 * kGroups);
-  const int row_of_eight = threadIdx.x / kGroups % 8;
-  const auto* fragments = reinterpret_cast<const float4*>(
-      params.dq_accumulator + Parts::offset(batch_head, params.padded_seq_q, m_block, part));
-
-  float4 f[4];  // of the four threads that held these eight columns
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    f[i] = __ldcs(fragments + group * sm90::kWarpgroup + warp * sm90::kWarp + row_of_eight * 4 + i);
-  }
-  const float s = shape.softmax_scale;
-  const uint4 rows[2] = {
-      {sm90::pack<Element>(f[0].x * s, f[0].y * s), sm90::pack<Element>(f[1].x * s, f[1].y * s),
-       sm90::pack<Element>(f[2].x * s, f[2].y * s), sm90::pack<Element>(f[3].x * s, f[3].y * s)},
-      {sm90::pack<Element>(f[0].z * s, f[0].w * s), sm90::pack<Element>(f[1].z * s, f[1].w * s),
-       sm90::pack<Element>(f[2].z * s, f[2].w * s), sm90::pack<Element>(f[3].z * s, f[3].w * s)}};
-
-  const int col = part * Parts::kCols + group * 8;
-  if (col >= shape.head_dim) return;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = m_block * Parts::kBlockM + warp * 16 + row_of_eight + 8 * r;
-    if (row >= shape.seq_q) continue;
-    const int64_t offset =
-        ((int64_t{batch} * shape.seq_q + row) * shape.heads + head) * shape.head_dim + col;
-    *reinterpret_cast<uint4*>(static_cast<Element*>(params.dq) + offset) = rows[r];
   }
 }
 

@@ -169,12 +169,9 @@ struct ForwardKernel {
       sm90::named_barrier_arrive(sm90::NamedBarrier::kTurn, next_warpgroup, 2 * sm90::kWarpgroup);
     };
     auto load_query_fragments = [&](QCursor q_at) {
-      const uint32_t slab = smem.q.buffer(q_at.stage) + warpgroup * QSlab::kBytes;
-      const int row = (thread / sm90::kWarp) * 16 + thread % 16;
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        const int piece = 2 * k + (thread % sm90::kWarp) / 16;
-        sm90::load_matrix_x4(slab + QSlab::piece_offset(row, piece), rQ + 4 * k);
+      if constexpr (kRegisterQ) {
+        const uint32_t slab = smem.q.buffer(q_at.stage) + warpgroup * QSlab::kBytes;
+        sm90::load_operand<QSlab>(rQ, slab, thread);
       }
       smem.q.empty(q_at.stage).arrive_if(elected);  // the next tile's Q may load
     };

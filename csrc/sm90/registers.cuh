@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Register-level helpers: register budgets, packed conversions, matrix loads and stores, exp2.
-// PTX ISA: "setmaxnreg", "cvt", "ldmatrix", "stmatrix", "ex2".
+// PTX ISA: "setmaxnreg", "cvt", "ldmatrix", "stmatrix", "ex2", "red".
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,6 +41,13 @@ EQX_DEVICE uint32_t pack<__half>(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// Adds four consecutive floats to global memory, without waiting.
+EQX_DEVICE void reduce_add_x4(float* destination, const float* values) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
 }
 
 // Two consecutive floats from shared memory.

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include "sm90/device.cuh"
+#include "sm90/registers.cuh"
 #include "sm90/smem_tile.cuh"
 
 namespace eqx_flash::sm90 {
@@ -37,6 +38,18 @@ EQX_DEVICE void wgmma_wait() {
 // Packed pairwise to 16 bits this is, without any shuffle, the A fragment of the next product.
 EQX_DEVICE int accumulator_row(int thread) { return (thread / kWarp) * 16 + (thread % kWarp) / 4; }
 EQX_DEVICE int accumulator_col(int thread) { return (thread % 4) * 2; }
+
+// A warpgroup's 64 rows of shared memory as the A operands of all steps along k.
+template <typename Slab>
+EQX_DEVICE void load_operand(uint32_t (&a)[Slab::kCols / 4], uint32_t slab, int thread) {
+  static_assert(Slab::kRows == 64);
+  const int row = (thread / kWarp) * 16 + thread % 16;
+#pragma unroll
+  for (int k = 0; k < Slab::kCols / 16; ++k) {
+    const int piece = 2 * k + (thread % kWarp) / 16;
+    load_matrix_x4(slab + Slab::piece_offset(row, piece), a + 4 * k);
+  }
+}
 
 // D = A B^T, or D += A B^T with kAccumulate: A [64, kCols] and B [N, kCols] K-major in shared
 // memory.
