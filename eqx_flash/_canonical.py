@@ -70,6 +70,7 @@ def plan(
     implementation: Any,
     causal_alignment: Any,
     deterministic: Any,
+    checkpoint_names: Any,
 ) -> Plan:
     """Checks a call and decides how to serve it."""
     query, key = operands.query, operands.key
@@ -107,6 +108,7 @@ def plan(
         window=window,
         dispatch=choice.dispatch,
         deterministic=deterministic,
+        checkpoint_names=_checks.checkpoint_names(checkpoint_names),
     )
     return _with_scale(spec, scale, choice)
 

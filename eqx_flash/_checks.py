@@ -145,6 +145,15 @@ def residuals(query, *, out, lse, dout, dlse) -> tuple:
     return tuple(checked)
 
 
+def checkpoint_names(x: Any) -> tuple[str, str]:
+    if not isinstance(x, tuple | list) or [type(name) for name in x] != [str, str]:
+        raise TypeError(
+            f"checkpoint_names: expected two names, of the output and of the log-sum-exp, got {x!r}"
+        )
+    out, lse = x
+    return out, lse
+
+
 def flag(name: str, x: Any) -> bool:
     if not isinstance(x, bool | np.bool_):
         raise TypeError(f"{name}: expected a static bool, got {_kind(x)}")

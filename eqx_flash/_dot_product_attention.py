@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, Num
 
 from . import _canonical, _primitive
-from ._spec import CausalAlignment
+from ._spec import CHECKPOINT_NAMES, CausalAlignment
 
 Window = int | tuple[int | None, int | None]
 Implementation = Literal["flash", "xla"]
@@ -34,6 +34,7 @@ def dot_product_attention(
     return_residual: Literal[False] = ...,
     causal_alignment: CausalAlignment = "top_left",
     deterministic: bool = False,
+    checkpoint_names: tuple[str, str] = CHECKPOINT_NAMES,
 ) -> Array: ...
 
 
@@ -54,6 +55,7 @@ def dot_product_attention(
     return_residual: Literal[True],
     causal_alignment: CausalAlignment = "top_left",
     deterministic: bool = False,
+    checkpoint_names: tuple[str, str] = CHECKPOINT_NAMES,
 ) -> tuple[Array, Array]: ...
 
 
@@ -76,6 +78,7 @@ def dot_product_attention(
     return_residual: bool = False,
     causal_alignment: CausalAlignment = "top_left",
     deterministic: bool = False,
+    checkpoint_names: tuple[str, str] = CHECKPOINT_NAMES,
 ) -> (
     Float[Array, "*batch seq_q heads head_dim"]
     | tuple[Float[Array, "*batch seq_q heads head_dim"], Float32[Array, "*batch seq_q heads"]]
@@ -114,6 +117,8 @@ def dot_product_attention(
         in decoding, the last query has that of the last key. Windows move along.
     - `deterministic`: Whether the gradient must have the same bits every time. Without it, head
         dims up to 128 sum the gradient of `query` on the GPU in whatever order comes, faster.
+    - `checkpoint_names`: What policies of `jax.checkpoint` call the output and the log-sum-exp,
+        `"eqx_flash_out"` and `"eqx_flash_lse"` by default.
 
     **Returns:**
 
@@ -137,9 +142,9 @@ def dot_product_attention(
         `TypeError`. Second derivatives by reverse mode need `implementation="xla"`.
 
         `vmap` folds the mapped axis into the batch: one kernel launch, not a loop. Under
-        `jax.checkpoint`, a policy may save the results by the names `"eqx_flash_out"` and
-        `"eqx_flash_lse"`, and so spare the second forward pass. For sharded arrays, batch and heads
-        stay where they are.
+        `jax.checkpoint`, a policy that saves both `checkpoint_names` spares the second forward
+        pass. For sharded arrays, batch and heads stay where they are. All promises are in
+        `docs/transformations.md`.
 
     ??? cite
 
@@ -157,6 +162,7 @@ def dot_product_attention(
         implementation=implementation,
         causal_alignment=causal_alignment,
         deterministic=deterministic,
+        checkpoint_names=checkpoint_names,
     )
     if (warning := _canonical.new_warning(plan.choice)) is not None:
         warnings.warn(warning, stacklevel=2)

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, Literal
 
 from . import _canonical, _ffi
-from ._spec import CausalAlignment
+from ._spec import CHECKPOINT_NAMES, CausalAlignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ def explain(
     return_residual: bool = False,
     causal_alignment: CausalAlignment = "top_left",
     deterministic: bool = False,
+    checkpoint_names: tuple[str, str] = CHECKPOINT_NAMES,
 ) -> Explanation:
     """Says how [`eqx_flash.dot_product_attention`][] would serve a call on this machine.
 
@@ -73,6 +74,7 @@ def explain(
         implementation=implementation,
         causal_alignment=causal_alignment,
         deterministic=deterministic,
+        checkpoint_names=checkpoint_names,
     )
     choice = plan.choice
     on_kernel = choice.implementation == "flash"

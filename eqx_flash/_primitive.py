@@ -22,9 +22,6 @@ from . import _ffi, _partition, _reference
 from ._spec import AttentionSpec
 from ._types import Bias, KeyValue, Lengths, LogSumExp, Mask, Query
 
-OUT_NAME = "eqx_flash_out"
-LSE_NAME = "eqx_flash_lse"
-
 SECOND_ORDER = (
     "the flash kernel has no second derivatives; "
     'pass implementation="xla" to eqx_flash.dot_product_attention'
@@ -86,7 +83,7 @@ def _attend(spec, q, k, v, *extras):
 def _attend_fwd(spec, q, k, v, *extras):
     out, lse = _first_order(_forward, spec)(q, k, v, *extras)
     # Named, so that a `jax.checkpoint` policy can keep them and spare a second forward pass.
-    out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
+    out, lse = map(checkpoint_name, (out, lse), spec.checkpoint_names)
     return (out, lse), (q, k, v, out, lse, extras)
 
 

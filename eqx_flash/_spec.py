@@ -9,6 +9,8 @@ from typing import Literal
 CausalAlignment = Literal["top_left", "bottom_right"]
 Dispatch = Literal["auto", "flash", "xla"]
 
+CHECKPOINT_NAMES = ("eqx_flash_out", "eqx_flash_lse")
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
@@ -25,6 +27,8 @@ class AttentionSpec:
     """`auto` lowers to the kernel for CUDA and to the reference elsewhere; the others force one."""
     deterministic: bool = False
     """Whether the backward kernels must give the same bits every time."""
+    checkpoint_names: tuple[str, str] = CHECKPOINT_NAMES
+    """What policies of `jax.checkpoint` call out and lse."""
 
     def diagonal(self, seq_q: int, seq_k: int) -> int:
         """The key position that query 0 is aligned with."""

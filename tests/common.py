@@ -130,3 +130,18 @@ def assert_as_accurate(ours, plain, exact, *, factor=2.0):
     error, allowed = (np.abs(x - exact).max(initial=0) for x in (ours, plain))
     rounding = eps * np.abs(exact).max(initial=0)
     assert error <= factor * allowed + rounding, f"off by {error}, the plain formula by {allowed}"
+
+
+def markdown_table(corner: str, cells: dict[tuple[str, str], str]) -> str:
+    """`cells[row, column]`, rows and columns in the order in which they come."""
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    lines = [
+        [corner, *columns],
+        *([row, *(cells.get((row, x), "") for x in columns)] for row in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n"
+        for line in lines
+    )

@@ -20,6 +20,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(reason)
 
 
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
+    """Prints the transformation matrix, or as much of it as ran."""
+    from common import markdown_table  # not before pytest has set up the checks of types
+
+    found = sorted(
+        (*cell, report.passed)
+        for category in ("passed", "failed")
+        for report in terminalreporter.getreports(category)
+        for name, cell in report.user_properties
+        if name == "transformation_matrix"
+    )
+    if found:
+        terminalreporter.section(f"transformation matrix, jax {jax.__version__}")
+        cells = {(row, column): x if passed else "FAILED" for _, row, column, x, passed in found}
+        terminalreporter.write(markdown_table("", cells))
+
+
 def _has_hopper() -> bool:
     return any(getattr(d, "compute_capability", None) == HOPPER for d in jax.local_devices())
 

@@ -90,6 +90,8 @@ TYPE_ERRORS = [
     ({"local_window_size": True}, r"local_window_size: expected a static int"),
     ({"causal_alignment": ["top_left"]}, r"causal_alignment: expected a str"),
     ({"implementation": {}}, r"implementation: expected None or a str"),
+    ({"checkpoint_names": "context"}, r"checkpoint_names: expected two names, .* got 'context'"),
+    ({"checkpoint_names": ("context", None)}, r"checkpoint_names: expected two names"),
 ]
 
 
@@ -142,7 +144,11 @@ def test_signature_begins_like_that_of_jax_nn():
     ours = list(inspect.signature(dot_product_attention).parameters.values())
     for x, y in zip(theirs, ours, strict=False):
         assert (x.name, x.kind, x.default) == (y.name, y.kind, y.default)
-    assert [p.name for p in ours[len(theirs) :]] == ["causal_alignment", "deterministic"]
+    assert [p.name for p in ours[len(theirs) :]] == [
+        "causal_alignment",
+        "deterministic",
+        "checkpoint_names",
+    ]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
     explained = inspect.signature(eqx_flash.explain).parameters.values()
     assert [(p.name, p.kind, p.default) for p in explained] == [

@@ -212,6 +212,17 @@ def test_vmap_of_the_gradient_is_one_call_of_each_kernel(in_axes):
     assert (kernel_calls(text), kernel_calls(text, BACKWARD)) == (1, 1)
 
 
+def test_names_for_checkpoint_policies_can_be_chosen():
+    def loss(*qkv):
+        out = call(checkpoint_names=("context", "context"))(*qkv)
+        return jnp.sum(jnp.tanh(out.astype(jnp.float32)))
+
+    for names, calls in ((("context",), 1), (("eqx_flash_out", "eqx_flash_lse"), 2)):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        saved = jax.value_and_grad(jax.checkpoint(loss, policy=policy))
+        assert kernel_calls(cuda_text(saved, *types(SHAPE))) == calls
+
+
 def test_unbatched_call_is_a_batch_of_one():
     text = cuda_text(call(), *types(SHAPE, jnp.float16))
     q, k, v = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in types(SHAPE, jnp.float16))
