@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import random
+import re
 import sys
 
 import jax
@@ -29,6 +30,16 @@ def report(monkeypatch):
 @pytest.fixture
 def bench(report):
     return importlib.import_module("bench")
+
+
+@pytest.fixture
+def tune_build(report):
+    return importlib.import_module("tune_build")
+
+
+@pytest.fixture
+def tune_run(report):
+    return importlib.import_module("tune_run")
 
 
 def row(implementation, tflops, data="normal", head_dim=64, mask="full", seq=512, pass_="fwd"):
@@ -123,3 +134,110 @@ def test_whole_run(bench, monkeypatch, tmp_path, capsys):
         itertools.product(("normal", "peaky"), ("fwd", "bwd"))
     )
     assert all(r["max_difference_to_ours"] in (0, None) for r in rows)
+
+
+# ---- Tuning --------------------------------------------------------------------------------------
+
+
+TILES = """
+constexpr Tile tile(int head_dim, Mask) {
+  switch (head_dim) {
+    case 64:  // not 128
+    case 96:
+      return {.rows = 64, .stages = 2};
+    default:
+      return {.rows = 32,  // as in case 64
+              .flag = false};
+  }
+}
+
+constexpr Tile other_tile(int head_dim) {
+  Tile tile = tile(head_dim);
+  tile.rows = 16;
+  return tile;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "function, field, head_dim, before, after",
+    [
+        ("tile", "rows", 64, ".rows = 64,", ".rows = 7,"),
+        ("tile", "stages", 96, ".stages = 2}", ".stages = 7}"),
+        ("tile", "rows", 256, ".rows = 32,", ".rows = 7,"),
+        ("tile", "flag", 128, ".flag = false}", ".flag = 7}"),
+        ("other_tile", "rows", 64, "tile.rows = 16;", "tile.rows = 7;"),
+    ],
+)
+def test_override_of_a_tile(tune_build, function, field, head_dim, before, after):
+    changed = tune_build.override_tile(TILES, function, field, "7", head_dim)
+    assert changed == TILES.replace(before, after) != TILES
+
+
+def test_override_finds_exactly_one_place(tune_build, tmp_path):
+    (tmp_path / "tile_config.h").write_text(TILES)
+    (tmp_path / "a.cuh").write_text("static constexpr bool kFast = a && b;\nint x = kFast;\n")
+    (tmp_path / "b.cuh").write_text("constexpr int kTwice = 1;\nconstexpr int kTwiceMore = 1;\n")
+    (tmp_path / "c.cuh").write_text("constexpr int kTwice = 2;\n")
+    tune_build.override(tmp_path, "kFast=false", 64)
+    tune_build.override(tmp_path, "c.cuh:kTwice=3", 64)
+    assert (tmp_path / "a.cuh").read_text().startswith("static constexpr bool kFast = false;\n")
+    assert (tmp_path / "c.cuh").read_text() == "constexpr int kTwice = 3;\n"
+    for change, message in {
+        "tile.flag=1": "sets flag in 0 places for head dim 64, not in one; it sets rows, stages",
+        "no_tile.rows=1": "no function no_tile",
+        "kTwice=1": r"kTwice is defined in 2 places \(b.cuh, c.cuh\)",
+        "kSlow=1": "kSlow is defined in 0 places",
+        "tile.rows": "not TARGET=VALUE",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            tune_build.override(tmp_path, change, 64)
+
+
+def test_overrides_fit_the_tile_table(tune_build, tmp_path):
+    table = (tune_build.ROOT / "csrc" / "tile_config.h").read_text()
+    for head_dim in (64, 128, 256):
+        for function in ("forward_tile", "backward_dq_tile", "backward_dkdv_tile"):
+            changed = tune_build.override_tile(table, function, "block_n", "8", head_dim)
+            assert changed != table
+
+
+def test_variants_compile(tune_build, tmp_path):
+    """One is as shipped, one is refused by ptxas and built nevertheless, one does not exist."""
+    shipped, slow, wrong = (
+        tune_build.Variant(name, tune_build.ROOT / "csrc", changes=changes)
+        for name, changes in {
+            "shipped": [],
+            "slow": ["forward_tile.consumer_warpgroups=2", "forward_tile.consumer_registers=128"],
+            "wrong": ["forward_tile.rows=1"],
+        }.items()
+    )
+    kernels = [tune_build.Kernel("forward", 64, "full")]
+    try:
+        entries = tune_build.build([shipped, slow, wrong], kernels, tmp_path, 2)
+    except SystemExit:
+        pytest.skip("no nvcc: neither a CUDA toolkit nor NVIDIA's wheels are installed")
+    assert [entry["variant"] for entry in entries] == ["shipped", "slow"]
+    assert all((tmp_path / entry["library"]).exists() for entry in entries)
+    first, second = entries
+    assert not first["problems"] and second["problems"]
+    (loop,) = first["functions"][0]["loops"]
+    assert loop["mma"] == sum(int(n) for n in re.findall(r"(\d+)mma", loop["order"]))
+    assert len(tune_build.table(entries).splitlines()) >= 3
+
+
+def test_table_of_variants(tune_run):
+    def row(variant, seq, tflops):
+        cell = {"data": "peaky", "pass": "forward", "head_dim": 64, "mask": "full", "seq": seq}
+        return {**cell, "variant": variant, "tflops": tflops}
+
+    rows = [
+        row("shipped", 512, 400.0), row("wide", 512, 500.0), row("shipped", 2048, 600.0),
+        row("wide", 2048, 480.0), row("fa3", 2048, 660.0),
+    ]  # fmt: skip
+    assert [line.split() for line in tune_run.table(rows).splitlines()] == [
+        ["forward-d64-full,", "peaky", "data", "512", "2048", "mean"],
+        ["shipped", "400.0", "1.000", "600.0", "1.000", "1.000"],
+        ["wide", "500.0", "1.250", "480.0", "0.800", "1.000"],
+        ["fa3", "-", "660.0", "1.100", "1.100"],
+    ]

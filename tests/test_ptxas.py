@@ -110,6 +110,31 @@ def module_path() -> str:
     return importlib.import_module("eqx_flash._C").__file__
 
 
+LOOP = """\
+BAR.SYNC.DEFER_BLOCKING R11, 0x100
+HGMMA.64x128x16.F32.BF16 R88, gdesc[UR20], RZ, !UPT
+HGMMA.64x128x16.F32.BF16 R88, gdesc[UR20], R88, gsb0
+HGMMA.64x64x16.F32.BF16 R24, R188, gdesc[UR20].tnspB, R24, gsb0
+MUFU.EX2 R17, R17
+WARPGROUP.DEPBAR.LE gsb0, 0x1
+MUFU.EX2 R88, R88
+FFMA R88, R88, R6.reuse, -R3.reuse
+MUFU.EX2 R89, R89
+WARPGROUP.DEPBAR.LE gsb0, 0x0
+STS.128 [R6+0x24800], R152
+STSM.16.MT88.4 [R7], R184
+UMOV UR22, UR12
+BRA 0x29c0""".splitlines()
+
+
+def test_what_a_loop_is_made_of():
+    assert sass.order(LOOP) == "barrier 2mma 1mma 1exp wait1 2exp wait0"
+    counts = {"mma": 3, "exp": 3, "fp32": 1, "shared": 2, "sync": 3, "uniform": 1, "other": 1}
+    assert {kind: n for kind, n in sass.count_kinds(LOOP).items() if n} == counts
+    products = 2 * (64 + 128) * 16 * 2 + 64 * 16 * 2  # the last has A in registers
+    assert sass.shared_memory_bytes(LOOP) == products + 128 * 16 + 128 * 16
+
+
 @pytest.fixture(scope="module")
 def kernels() -> list[sass.Kernel]:
     if not _ffi.built_head_dims():
@@ -118,16 +143,17 @@ def kernels() -> list[sass.Kernel]:
 
 
 @pytest.mark.parametrize(
-    "name, largest_head_dim",
+    "name, head_dims",
     [
-        ("forward_kernel", 256),
-        ("backward_dkdv_kernel", 256),
-        ("backward_dq_kernel", 256),
-        ("backward_fused_kernel", 128),
+        ("forward_kernel", {64, 128, 256}),
+        ("backward_dkdv_kernel", {64, 128, 256}),
+        ("backward_dq_kernel", {64, 128, 256}),
+        ("backward_fused_kernel", {128}),
+        ("backward_fused_dq_warpgroup_kernel", {64}),
     ],
 )
-def test_every_kernel_is_there(kernels, name, largest_head_dim):
-    head_dims = [d for d in _ffi.built_head_dims() if d <= largest_head_dim]
+def test_every_kernel_is_there(kernels, name, head_dims):
+    head_dims = head_dims & set(_ffi.built_head_dims())
     built = len(head_dims) * len(["bf16", "f16"]) * len(["full", "causal"])
     assert sum(name in kernel.name for kernel in kernels) == built
 
