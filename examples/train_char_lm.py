@@ -66,11 +66,11 @@ class Block(eqx.Module):
     mlp_norm: eqx.nn.RMSNorm
     mlp: eqx.nn.MLP
 
-    def __init__(self, width: int, *, key: PRNGKeyArray):
+    def __init__(self, width: int, head_size: int = HEAD_SIZE, *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
         self.attention_norm = eqx.nn.RMSNorm(width)
         self.attention = eqx_flash.nn.MultiheadAttention(
-            num_heads=width // HEAD_SIZE, query_size=width, is_causal=True, key=attention_key
+            num_heads=width // head_size, query_size=width, is_causal=True, key=attention_key
         )
         self.mlp_norm = eqx.nn.RMSNorm(width)
         self.mlp = eqx.nn.MLP(width, width, 4 * width, depth=1, activation=jax.nn.gelu, key=mlp_key)
@@ -90,11 +90,13 @@ class GPT(eqx.Module):
     norm: eqx.nn.RMSNorm
     readout: eqx.nn.Linear
 
-    def __init__(self, context: int, width: int, depth: int, *, key: PRNGKeyArray):
+    def __init__(
+        self, context: int, width: int, depth: int, head_size: int = HEAD_SIZE, *, key: PRNGKeyArray
+    ):
         characters_key, positions_key, readout_key, *block_keys = jax.random.split(key, 3 + depth)
         self.characters = eqx.nn.Embedding(VOCABULARY, width, key=characters_key)
         self.positions = eqx.nn.Embedding(context, width, key=positions_key)
-        self.blocks = [Block(width, key=block_key) for block_key in block_keys]
+        self.blocks = [Block(width, head_size, key=block_key) for block_key in block_keys]
         self.norm = eqx.nn.RMSNorm(width)
         self.readout = eqx.nn.Linear(width, VOCABULARY, key=readout_key)
 
