@@ -270,8 +270,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, default=here / "results")
     parser.add_argument("--attention", default=f"{report.OURS},{'cudnn' if on_gpu else 'xla'}",
                         help=f"some of {','.join(ATTENTION)}")  # fmt: skip
-    parser.add_argument("--mesh", default="single", help=f"some of {','.join(MESHES)}; the "
-                        "first attention on the first mesh is what others are compared with")  # fmt: skip
+    parser.add_argument("--mesh", default="single", help=f"some of {','.join(MESHES)}; "
+                        "the first variant is what the others are compared with")  # fmt: skip
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=2, help="sequences, over all devices")
     parser.add_argument("--width", type=int, default=1024)
