@@ -34,6 +34,24 @@ cudaError_t allow_shared_memory(int device, int bytes) {
   return error;
 }
 
+// Launches a kernel that may start while the one before it in the stream still runs, and that waits
+// by itself for what it needs of it: sm90::wait_for_previous_kernel().
+template <typename... Args>
+cudaError_t launch_early(void (*kernel)(Args...), unsigned blocks, unsigned threads,
+                         int shared_memory, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_memory;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 // Encodes the maps of a launch one after the other and keeps the first error.
 template <typename Element>
 struct TensorMapEncoder {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launch of the backward kernels. Deterministic: statistics of the query rows, then dK and dV, then
-// dQ. Fused: statistics, then all three gradients, then the conversion of dQ.
+// dQ. Fused: statistics, then all three gradients, then the conversion of dQ. Each kernel starts in
+// the tail of the one before it.
 #pragma once
 
 #include "dispatch.h"
@@ -51,8 +52,8 @@ cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaS
   if (encode.error != cudaSuccess) return encode.error;
   const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  kKernel<<<args.order.total, Kernel::kThreads, Kernel::Smem::kBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_early(kKernel, args.order.total, Kernel::kThreads, Kernel::Smem::kBytes, stream,
+                      args);
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
@@ -76,9 +77,8 @@ cudaError_t launch_backward_dq(const BackwardParams& params, int device, cudaStr
   if (encode.error != cudaSuccess) return encode.error;
   const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  backward_dq_kernel<Element, kHeadDim, kMask>
-      <<<args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_early(kKernel, args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream,
+                      args);
 }
 
 template <typename Element, int kHeadDim>
@@ -87,9 +87,8 @@ cudaError_t launch_backward_finish_dq(const BackwardParams& params, cudaStream_t
   constexpr int kBlockM = DqParts<kHeadDim>::kBlockM;
   const int64_t parts =
       int64_t{2} * ((shape.seq_q + kBlockM - 1) / kBlockM) * shape.batch * shape.heads;
-  backward_finish_dq_kernel<Element, kHeadDim>
-      <<<static_cast<unsigned>(parts), kFinishDqThreads<kHeadDim>, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_early(&backward_finish_dq_kernel<Element, kHeadDim>, static_cast<unsigned>(parts),
+                      kFinishDqThreads<kHeadDim>, 0, stream, params);
 }
 
 template <typename Element, int kHeadDim, Mask kMask>

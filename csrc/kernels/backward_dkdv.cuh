@@ -122,6 +122,8 @@ struct BackwardDkdvKernel {
         sm90::tma_load(args.v, smem.v + offset, smem.keys_full.address, from);
       }
     }
+    sm90::wait_for_previous_kernel();  // the statistics are there, and dQ's accumulator is clear
+    sm90::let_next_kernel_start();     // which may therefore use the statistics
     Cursor cursor;
     auto load = [&](const CUtensorMap& map, const auto& ring, const float* stats,
                     uint32_t stats_buffer, int m_block, int head) {

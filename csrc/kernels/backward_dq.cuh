@@ -119,6 +119,8 @@ struct BackwardDqKernel {
       load_keys(args.k, smem.k, k_at, n_block);
       load_keys(args.v, smem.v, v_at, n_block);
     }
+    // Nothing here needs the kernel of dK and dV, but who waits for this one waits for both.
+    if (blockIdx.x == gridDim.x - 1) sm90::wait_for_previous_kernel();
   }
 
   EQX_DEVICE static void consume(const BackwardDqArguments& args, const Smem& smem, int warpgroup) {
@@ -143,8 +145,9 @@ struct BackwardDqKernel {
     for (int r = 0; r < 2; ++r) {
       const int64_t row = int64_t{at.batch_head} * args.params.padded_seq_q + first_row +
                           sm90::accumulator_row(thread) + 8 * r;
-      lse_log2[r] = args.params.lse_log2[row];
-      dlse_minus_delta[r] = args.params.dlse_minus_delta[row];
+      // Not through L1, which may be older than the kernel that wrote them.
+      lse_log2[r] = __ldcg(args.params.lse_log2 + row);
+      dlse_minus_delta[r] = __ldcg(args.params.dlse_minus_delta + row);
     }
 
     float rS[kBlockN / 2];  // scores, then probabilities

@@ -29,6 +29,7 @@ EQX_DEVICE float dot8(const uint4& a, const uint4& b) {
 // The rows of [batch, padded_seq_q, heads] are taken heads fastest, as O and dO lie in memory.
 template <typename Element, int kLanes>
 __global__ void __launch_bounds__(256) backward_prep_kernel(const BackwardParams params) {
+  sm90::let_next_kernel_start();
   const ForwardParams& shape = params.forward;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t row = thread / kLanes;

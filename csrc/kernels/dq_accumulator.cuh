@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kFinishDqThreads<kHeadDim>)
   const auto* fragments = reinterpret_cast<const float4*>(
       params.dq_accumulator + Parts::offset(batch_head, params.padded_seq_q, m_block, part));
 
-  float4 f[4];  // of the four threads that held these eight columns
+  sm90::wait_for_previous_kernel();  // dQ is complete
+  float4 f[4];                       // of the four threads that held these eight columns
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     f[i] = __ldcs(fragments + group * sm90::kWarpgroup + warp * sm90::kWarp + row_of_eight * 4 + i);

@@ -23,6 +23,15 @@ EQX_DEVICE uint32_t shared_address(const void* pointer) {
 // R2UR.
 EQX_DEVICE int warp_uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
 
+// Programmatic dependent launch (PTX ISA: "griddepcontrol"). Waits until the kernel before this one
+// in the stream is done and its results are visible.
+EQX_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// From here on in all blocks, the next kernel in the stream may start where there is room.
+EQX_DEVICE void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Keeps values where the source has them: no instruction that touches them moves across.
 template <int kCount>
 EQX_DEVICE void pin(float (&values)[kCount]) {

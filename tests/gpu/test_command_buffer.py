@@ -14,7 +14,8 @@ TARGET = pathlib.Path(__file__).with_name("command_buffer_target.py")
 
 
 @pytest.mark.gpu
-def test_capture_and_replay(tmp_path):
+@pytest.mark.parametrize("function, calls", [("three_layers", 3), ("gradient", 6)])
+def test_capture_and_replay(tmp_path, function, calls):
     dump = tmp_path / "dump"
     env = {
         **os.environ,
@@ -22,21 +23,25 @@ def test_capture_and_replay(tmp_path):
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process may hold most of the memory
     }
     run = subprocess.run(
-        [sys.executable, TARGET, tmp_path], env=env, capture_output=True, text=True, timeout=180
+        [sys.executable, TARGET, function, tmp_path],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert reports, run.stderr[-4000:]
     report = reports[-1]  # without profile, where a machine forbids that: the dump is enough
-    plans = sorted(dump.glob("*jit_three_layers*thunk_sequence*.txt"))
+    plans = sorted(dump.glob(f"*jit_{function}*thunk_sequence*.txt"))
     text = plans[-1].read_text() if plans else ""
     captured, outside = count_custom_calls(text)
     evidence = json.dumps({**report, "captured": captured, "outside": outside})
     if folder := os.environ.get("EQX_FLASH_RECORD"):
-        pathlib.Path(folder, "command_buffer.txt").write_text(f"{evidence}\n\n{text}")
+        pathlib.Path(folder, f"command_buffer_{function}.txt").write_text(f"{evidence}\n\n{text}")
     assert report["wrong"] == 0, evidence
     launched = report.get("events", {}).get("GraphLaunch", 0)
     was_replayed = "events" in report and launched >= report["profiled_replays"]
-    assert (captured, outside) == (3, 0) or was_replayed, f"{evidence}\n{text[:4000]}"
+    assert (captured, outside) == (calls, 0) or was_replayed, f"{evidence}\n{text[:4000]}"
 
 
 def count_custom_calls(plan: str) -> tuple[int, int]:
