@@ -432,17 +432,18 @@ struct BackwardDkdvKernel {
         const Cursor previous = cursor;
         cursor.advance();
         me.init_dp(rdP, cursor);
-        me.start_dp(rdP, cursor);
         smem.q.wait_full(previous);  // Q(i-1) has landed
+        // dK goes first: the other warpgroup waits for the Q that takes the place of Q(i-1).
         me.multiply(rdK, rdS, smem.q, previous);
         sm90::wgmma_commit();
-        sm90::wgmma_wait<1>();  // dP(i)
+        me.start_dp(rdP, cursor);
+        sm90::wgmma_wait<1>();  // dK
+        sm90::pin(rdK);
+        me.release(smem.q, previous);  // done with Q(i-1)
+        sm90::wgmma_wait<0>();         // dP(i)
         sm90::pin(rdP);
         me.release(smem.dout, cursor);  // done with dO(i) and delta
         read_probabilities(step);
-        sm90::wgmma_wait<0>();  // dK
-        sm90::pin(rdK);
-        me.release(smem.q, previous);  // done with Q(i-1)
         Consumer::pack_product(rdS, rP, rdP);
       }
       smem.q.wait_full(cursor);  // the last Q has landed
