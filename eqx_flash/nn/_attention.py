@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
-from .._dot_product_attention import dot_product_attention
+from .._dot_product_attention import Window, dot_product_attention
 
 Mask = Bool[Array, "q_seq kv_seq"] | Bool[Array, "num_heads q_seq kv_seq"]
 Heads = tuple[Array, Array, Array]
+Sides = tuple[int | None, int | None]
 ProcessHeads = Callable[
     [
         Float[Array, "q_seq num_heads qk_size"],
@@ -29,10 +30,13 @@ ProcessHeads = Callable[
     ],
 ]
 
+COMPUTE_DTYPES = tuple(map(np.dtype, (jnp.bfloat16, np.float16, np.float32, np.float64)))
+
 
 class MultiheadAttention(eqx.Module):
     r"""Multi-head attention that never stores the attention weights: a drop-in replacement for
-    [`equinox.nn.MultiheadAttention`][], with grouped-query attention and a causal flag.
+    [`equinox.nn.MultiheadAttention`][], with grouped-query attention, a causal flag, a window,
+    normalised queries and keys, and a dtype to compute in.
 
     $$\text{MultiheadAttention}(Q, K, V)
       = \sum_i \text{softmax}\left(\frac{QW^Q_i (KW^K_{g(i)})^\intercal}{\sqrt{d_\text{qk}}}\right)
@@ -74,6 +78,9 @@ class MultiheadAttention(eqx.Module):
     value_proj: eqx.nn.Linear
     output_proj: eqx.nn.Linear
     dropout: eqx.nn.Dropout
+    # None has no leaves, and what has some comes last.
+    query_norm: eqx.nn.RMSNorm | None
+    key_norm: eqx.nn.RMSNorm | None
 
     num_heads: int = eqx.field(static=True)
     query_size: int = eqx.field(static=True)
@@ -88,6 +95,8 @@ class MultiheadAttention(eqx.Module):
     use_output_bias: bool = eqx.field(static=True)
     num_kv_heads: int = eqx.field(static=True)
     is_causal: bool = eqx.field(static=True)
+    local_window_size: Sides | None = eqx.field(static=True)
+    compute_dtype: np.dtype | None = eqx.field(static=True)
     implementation: Literal["flash", "xla"] | None = eqx.field(static=True)
 
     def __init__(
@@ -109,6 +118,9 @@ class MultiheadAttention(eqx.Module):
         *,
         num_kv_heads: int | None = None,
         is_causal: bool = False,
+        local_window_size: Window | None = None,
+        use_qk_norm: bool = False,
+        compute_dtype: DTypeLike | None = None,
         implementation: Literal["flash", "xla"] | None = None,
         key: PRNGKeyArray,
     ):
@@ -129,10 +141,25 @@ class MultiheadAttention(eqx.Module):
             attention; 1 is multi-query attention). Defaults to `num_heads`.
         - `is_causal`: Whether a query sees only keys at or before its own position, counted from
             the start of both sequences.
+        - `local_window_size`: How many positions to the `(left, right)` of its own, inclusive, a
+            query may see; `None` for an unbounded side. A single integer stands for both sides.
+        - `use_qk_norm`: Whether to divide each query head and each key head by its root mean
+            square, and to multiply it by a learned weight `[qk_size]`, before `process_heads`, as
+            in Qwen3. These are `query_norm` and `key_norm`, [`equinox.nn.RMSNorm`][]s that compute
+            in float32 at least; to change their `eps=1e-6`, replace them by
+            [`equinox.tree_at`][].
+        - `compute_dtype`: What inputs and projections are cast to inside the call, and the dtype of
+            the output: with `jnp.bfloat16` the kernel serves float32 parameters, and their
+            gradients stay float32. Defaults to the dtype of inputs and parameters.
         - `implementation`: `"flash"` (the Hopper kernel, or an error), `"xla"` (plain JAX), or
             `None` (the kernel where it can serve the call), as in
             [`eqx_flash.dot_product_attention`][].
         - `key`: Random key for the initialisation of the parameters.
+
+        **Raises:**
+
+        `ValueError` for a value that does not fit, `TypeError` for a `local_window_size` that is
+        not made of integers or a `compute_dtype` that is not a dtype.
         """
         if num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
@@ -155,6 +182,8 @@ class MultiheadAttention(eqx.Module):
                 )
         if not 0 <= dropout_p <= 1:
             raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
+        local_window_size = _check_window(local_window_size)
+        compute_dtype = _check_compute_dtype(compute_dtype)
         if implementation not in (None, "flash", "xla"):
             raise ValueError(
                 f'implementation: expected None, "flash" or "xla", got {implementation!r}'
@@ -163,12 +192,17 @@ class MultiheadAttention(eqx.Module):
         def linear(in_size: int, out_size: int, use_bias: bool, key: PRNGKeyArray) -> eqx.nn.Linear:
             return eqx.nn.Linear(in_size, out_size, use_bias=use_bias, dtype=dtype, key=key)
 
+        def norm() -> eqx.nn.RMSNorm:
+            return eqx.nn.RMSNorm(qk_size, eps=1e-6, use_bias=False, dtype=dtype)
+
         qkey, kkey, vkey, okey = jax.random.split(key, 4)
         self.query_proj = linear(query_size, num_heads * qk_size, use_query_bias, qkey)
         self.key_proj = linear(key_size, num_kv_heads * qk_size, use_key_bias, kkey)
         self.value_proj = linear(value_size, num_kv_heads * vo_size, use_value_bias, vkey)
         self.output_proj = linear(num_heads * vo_size, output_size, use_output_bias, okey)
         self.dropout = eqx.nn.Dropout(dropout_p, inference=inference)
+        self.query_norm = norm() if use_qk_norm else None
+        self.key_norm = norm() if use_qk_norm else None
 
         self.num_heads = num_heads
         self.query_size = query_size
@@ -183,6 +217,8 @@ class MultiheadAttention(eqx.Module):
         self.use_output_bias = use_output_bias
         self.num_kv_heads = num_kv_heads
         self.is_causal = is_causal
+        self.local_window_size = local_window_size
+        self.compute_dtype = compute_dtype
         self.implementation = implementation
 
     @jax.named_scope("eqx_flash.nn.MultiheadAttention")
@@ -202,16 +238,24 @@ class MultiheadAttention(eqx.Module):
 
         - `query`, `key_`, `value`: One sequence each; map over a batch with `jax.vmap`.
         - `mask`: `True` where a query may see a key; one for all heads or one for each. Combined
-            with `is_causal`.
+            with `is_causal` and `local_window_size`.
         - `key`: Random key for dropout. Unused unless dropout is active.
         - `inference`: Overrides the `inference` flag of the layer.
         - `deterministic`: Deprecated name of `inference`.
         - `process_heads`: Takes the query, key and value heads, returns new ones of the same
-            shapes; for example rotary position embeddings.
+            shapes; for example rotary position embeddings. With `compute_dtype` the heads come in
+            it, and go back to it.
 
         **Returns:**
 
-        The attended values of all heads, through the output projection.
+        The attended values of all heads, through the output projection; in `compute_dtype` if that
+        is given.
+
+        **Raises:**
+
+        `ValueError` for a shape or dtype that does not fit, `NotImplementedError` if
+        `implementation="flash"` cannot serve the call, `RuntimeError` for active dropout without a
+        `key`.
         """
         if deterministic is not None:
             warnings.warn(
@@ -222,20 +266,20 @@ class MultiheadAttention(eqx.Module):
             inference = deterministic
         self._check_inputs(query, key_, value, mask)
 
-        heads: Heads = (
-            _project(self.query_proj, query, self.num_heads, self.qk_size),
-            _project(self.key_proj, key_, self.num_kv_heads, self.qk_size),
-            _project(self.value_proj, value, self.num_kv_heads, self.vo_size),
-        )
+        query = self._project(self.query_proj, query, self.num_heads, self.qk_size)
+        key_ = self._project(self.key_proj, key_, self.num_kv_heads, self.qk_size)
+        value = self._project(self.value_proj, value, self.num_kv_heads, self.vo_size)
+        heads = _normalise(self.query_norm, query), _normalise(self.key_norm, key_), value
         if process_heads is not None:
-            heads = _process(process_heads, heads)
+            heads = self._cast(_process(process_heads, heads))
 
         if self._drops_weights(inference):
             attended = self._attend_with_dropout(*heads, mask, key)
         else:
             attended = self._attend(*heads, mask)
         q_seq, num_heads, vo_size = attended.shape
-        return jax.vmap(self.output_proj)(attended.reshape(q_seq, num_heads * vo_size))
+        attended = attended.reshape(q_seq, num_heads * vo_size)
+        return jax.vmap(self._cast(self.output_proj))(attended)
 
     @classmethod
     def from_equinox(
@@ -243,6 +287,8 @@ class MultiheadAttention(eqx.Module):
         module: eqx.nn.MultiheadAttention,
         *,
         is_causal: bool = False,
+        local_window_size: Window | None = None,
+        compute_dtype: DTypeLike | None = None,
         implementation: Literal["flash", "xla"] | None = None,
     ) -> "MultiheadAttention":
         """The same layer on flash attention, sharing the parameters of `module`.
@@ -250,18 +296,30 @@ class MultiheadAttention(eqx.Module):
         **Arguments:**
 
         - `module`: An [`equinox.nn.MultiheadAttention`][].
-        - `is_causal`, `implementation`: As for the constructor. With `is_causal=True` the causal
-            mask that `module` was called with is no longer needed.
+        - `is_causal`, `local_window_size`, `compute_dtype`, `implementation`: As for the
+            constructor. The causal mask or window that `module` was called with is then no longer
+            needed.
 
         **Returns:**
 
-        A layer with the parameters, dropout and sizes of `module`.
+        A layer with the parameters, dropout and sizes of `module`, hence without `use_qk_norm`.
+
+        **Raises:**
+
+        `TypeError` for another kind of module, and what the constructor raises.
         """
         if not isinstance(module, eqx.nn.MultiheadAttention):
             raise TypeError(
                 f"module: expected an equinox.nn.MultiheadAttention, got {type(module).__name__}"
             )
-        return _rebuild(cls, module, is_causal=is_causal, implementation=implementation)
+        return _rebuild(
+            cls,
+            module,
+            is_causal=is_causal,
+            local_window_size=local_window_size,
+            compute_dtype=compute_dtype,
+            implementation=implementation,
+        )
 
     def to_equinox(self, *, drop_is_causal: bool = False) -> eqx.nn.MultiheadAttention:
         """The same layer as an [`equinox.nn.MultiheadAttention`][], sharing the parameters.
@@ -273,7 +331,13 @@ class MultiheadAttention(eqx.Module):
 
         **Returns:**
 
-        A layer with the parameters, dropout and sizes of this one.
+        A layer with the parameters, dropout and sizes of this one. It computes in the dtype of its
+        inputs and parameters, whatever the `compute_dtype` here.
+
+        **Raises:**
+
+        `ValueError` for what Equinox's layer cannot do: `num_kv_heads` other than `num_heads`,
+        `is_causal`, `local_window_size`, `use_qk_norm`.
         """
         if self.num_kv_heads != self.num_heads:
             raise ValueError(
@@ -284,6 +348,17 @@ class MultiheadAttention(eqx.Module):
             raise ValueError(
                 "is_causal: expected False, got True; equinox.nn.MultiheadAttention has no causal "
                 "flag. Convert with drop_is_causal=True, and call it with mask=jnp.tril(...)"
+            )
+        if self.local_window_size is not None:
+            raise ValueError(
+                f"local_window_size: expected None, got {self.local_window_size}; "
+                f"equinox.nn.MultiheadAttention has no window. Convert a layer without one, and "
+                f"pass the window as the mask of each call"
+            )
+        if self.query_norm is not None or self.key_norm is not None:
+            raise ValueError(
+                "use_qk_norm: expected False, got True; equinox.nn.MultiheadAttention has no norms "
+                "of queries and keys. Convert a layer without them, and normalise in process_heads"
             )
         return _rebuild(eqx.nn.MultiheadAttention, self)
 
@@ -311,6 +386,18 @@ class MultiheadAttention(eqx.Module):
                 f"[num_heads, q_seq, kv_seq] = {self.num_heads, q_seq, kv_seq}, got {mask.shape}"
             )
 
+    def _cast(self, tree):
+        """The arrays of `tree` in `compute_dtype`; their gradients go back to their own dtypes."""
+        if self.compute_dtype is None:
+            return tree
+        return jax.tree.map(
+            lambda x: jnp.asarray(x, self.compute_dtype) if eqx.is_inexact_array_like(x) else x,
+            tree,
+        )
+
+    def _project(self, proj: eqx.nn.Linear, x: Array, num_heads: int, size: int) -> Array:
+        return jax.vmap(self._cast(proj))(self._cast(x)).reshape(x.shape[0], num_heads, size)
+
     def _drops_weights(self, inference: bool | None) -> bool:
         """Whether [`equinox.nn.Dropout`][] would drop anything."""
         p = self.dropout.p
@@ -329,6 +416,7 @@ class MultiheadAttention(eqx.Module):
             mask=mask if mask is None or mask.ndim == 3 else mask[None],
             scale=1 / math.sqrt(self.qk_size),
             is_causal=self.is_causal,
+            local_window_size=self.local_window_size,
             implementation=self.implementation,
         )
         return attended[..., : self.vo_size]
@@ -362,8 +450,7 @@ class MultiheadAttention(eqx.Module):
         key, value = (jnp.repeat(x, self.num_heads // self.num_kv_heads, 1) for x in (key, value))
         logits = jnp.einsum("qhd,khd->hqk", query / math.sqrt(self.qk_size), key)
         visible = jnp.ones_like(logits, bool) if mask is None else mask
-        if self.is_causal:
-            visible = visible & jnp.tri(*logits.shape[1:], dtype=bool)
+        visible = visible & self._band(*logits.shape[1:])
         logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
         weights = jax.nn.softmax(logits.astype(np.promote_types(logits.dtype, np.float32)))
         # A row without a visible key comes out of the softmax uniform, and must be zero.
@@ -372,9 +459,60 @@ class MultiheadAttention(eqx.Module):
         weights = jax.vmap(lambda w, k: self.dropout(w, key=k, inference=False))(weights, keys)
         return jnp.einsum("hqk,khd->qhd", weights, value)
 
+    def _band(self, q_seq: int, kv_seq: int) -> Bool[Array, "q_seq kv_seq"]:
+        """Which keys causality and the window let each query see."""
+        left, right = self.local_window_size or (None, None)
+        if self.is_causal:
+            right = 0
+        # Farther apart than this are no two positions; a larger number may not fit an int32.
+        farthest = max(q_seq, kv_seq)
+        left, right = (farthest if side is None else min(side, farthest) for side in (left, right))
+        distance = jnp.arange(kv_seq) - jnp.arange(q_seq)[:, None]
+        return (-left <= distance) & (distance <= right)
 
-def _project(proj: eqx.nn.Linear, x: Array, num_heads: int, size: int) -> Array:
-    return jax.vmap(proj)(x).reshape(x.shape[0], num_heads, size)
+
+def _check_window(window: Window | None) -> Sides | None:
+    """`local_window_size` as (left, right)."""
+    if window is None:
+        return None
+    sides = window if isinstance(window, tuple | list) else (window, window)
+    if len(sides) != 2:
+        raise ValueError(f"local_window_size: expected an int or (left, right), got {window!r}")
+    return _check_side(window, sides[0]), _check_side(window, sides[1])
+
+
+def _check_side(window: Window, side: int | None) -> int | None:
+    if side is None:
+        return None
+    if isinstance(side, bool) or not isinstance(side, int | np.integer):
+        raise TypeError(
+            f"local_window_size: expected a static int or (left, right), got {window!r}"
+        )
+    if side < 0:
+        raise ValueError(
+            f"local_window_size: {window!r} has a negative side; use None for an unbounded side, "
+            f"as in (128, None)"
+        )
+    return int(side)
+
+
+def _check_compute_dtype(compute_dtype: DTypeLike | None) -> np.dtype | None:
+    if compute_dtype is None:
+        return None
+    try:
+        dtype = jnp.dtype(compute_dtype)
+    except TypeError:
+        raise TypeError(f"compute_dtype: expected a dtype, got {compute_dtype!r}") from None
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"compute_dtype: expected one of the dtypes {', '.join(map(str, COMPUTE_DTYPES))}, got "
+            f"{dtype}; None computes in the dtype of inputs and parameters"
+        )
+    return dtype
+
+
+def _normalise(norm: eqx.nn.RMSNorm | None, heads: Array) -> Array:
+    return heads if norm is None else jax.vmap(jax.vmap(norm))(heads)
 
 
 def _process(process_heads: ProcessHeads, heads: Heads) -> Heads:
