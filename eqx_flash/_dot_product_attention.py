@@ -138,8 +138,9 @@ def dot_product_attention(
 
         The residual of `jax.nn` has the dtype of the inputs and no gradient.
 
-        Forward-mode differentiation (`jax.jvp`, `jax.jacfwd`) is not supported, and JAX raises a
-        `TypeError`. Second derivatives by reverse mode need `implementation="xla"`.
+        Forward-mode differentiation (`jax.jvp`, `jax.jacfwd`) and, where the kernel serves the
+        call, second derivatives raise `NotImplementedError`; the latter work with
+        `implementation="xla"`.
 
         `vmap` folds the mapped axis into the batch: one kernel launch, not a loop. Under
         `jax.checkpoint`, a policy that saves both `checkpoint_names` spares the second forward

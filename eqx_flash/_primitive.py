@@ -19,6 +19,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import jaxtyped
 
 from . import _ffi, _partition, _reference
+from ._reverse_mode import reverse_mode_only
 from ._spec import AttentionSpec
 from ._types import Bias, KeyValue, Lengths, LogSumExp, Mask, Query
 
@@ -45,6 +46,7 @@ def attend(
 
     The last four operands are for `spec.dispatch == "xla"` only.
     """
+    q, k, v, bias = reverse_mode_only((q, k, v, bias))
     return _partition.per_shard(
         functools.partial(_attend, spec), q, k, v, bias, mask, query_lengths, key_value_lengths
     )
@@ -110,7 +112,7 @@ def _first_order(fn: Callable, spec: AttentionSpec) -> Callable:
 
     guarded = jax.custom_vjp(bound)
     guarded.defvjp(lambda *operands: (bound(*operands), None), refuse)
-    return guarded
+    return lambda *operands: guarded(*reverse_mode_only(operands, SECOND_ORDER))
 
 
 def _forward(spec, q, k, v, *extras):

@@ -285,6 +285,34 @@ def test_forward_over_reverse_of_the_reference(getkey):
     np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
 
 
+FORWARD_MODE = {
+    "jvp": lambda fn, q: jax.jvp(fn, (q,), (q,)),
+    "jvp(jit)": lambda fn, q: jax.jvp(jax.jit(fn), (q,), (q,)),
+    "jit(jvp)": lambda fn, q: jax.jit(lambda q: jax.jvp(fn, (q,), (q,)))(q),
+    "jvp(vmap)": lambda fn, q: jax.jvp(jax.vmap(fn), (q[None],), (q[None],)),
+    "jvp(checkpoint)": lambda fn, q: jax.jvp(jax.checkpoint(fn), (q,), (q,)),
+    "jacfwd": lambda fn, q: jax.jacfwd(fn)(q),
+    "linearize": lambda fn, q: jax.linearize(fn, q)[1](q),
+}
+
+
+@pytest.mark.parametrize("transform", FORWARD_MODE.values(), ids=FORWARD_MODE)
+@pytest.mark.parametrize("dispatch", ["auto", "xla"])
+def test_forward_mode_is_refused(getkey, transform, dispatch):
+    spec = AttentionSpec(0.3, dispatch=dispatch)
+    q, k, v = random_qkv(getkey(), SHAPE, jnp.float16)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        transform(lambda q: attend(spec, q, k, v)[0], q)
+
+
+def test_forward_over_reverse_of_the_kernel_is_refused(getkey):
+    spec = AttentionSpec(0.3)
+    q, k, v = random_qkv(getkey(), Shape(1, 2, 3, 2, 1, 8), jnp.float16)
+    hessian = jax.hessian(lambda q: jnp.sum(attend(spec, q, k, v)[0].astype(jnp.float32) ** 2))
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        hessian(q)
+
+
 # ---- Export --------------------------------------------------------------------------------------
 
 
