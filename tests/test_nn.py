@@ -12,7 +12,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from common import assert_as_accurate, generator, quick_compilation
-from lowered import KERNEL, cuda_text, kernel_calls
+from lowered import BACKWARD, KERNEL, cuda_text, kernel_calls
 
 from eqx_flash.nn import MultiheadAttention
 
@@ -65,11 +65,21 @@ def inputs(getkey, layer, batch=(), q_seq=Q_SEQ, kv_seq=KV_SEQ):
     return query, normal(kv_seq, layer.key_size), normal(kv_seq, layer.value_size)
 
 
+def to_bfloat16(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, tree)
+
+
 def random_mask(key, *heads):
     """Every query sees at least one key: Equinox and we differ where one sees none."""
     mask = generator(key).random((*heads, Q_SEQ, KV_SEQ)) < 0.5
     mask[..., 0] = True
     return jnp.asarray(mask)
+
+
+def window_mask(left, right):
+    """Which keys stand at most that far to the left and right of each query."""
+    distance = jnp.arange(KV_SEQ) - jnp.arange(Q_SEQ)[:, None]
+    return (-left <= distance) & (distance <= right)
 
 
 def assert_close(actual, expected, rtol=1e-5):
@@ -143,9 +153,7 @@ def test_bfloat16_is_as_accurate_as_equinox(getkey):
     theirs, ours = pair(getkey(), query_size=256)
     args = inputs(getkey, theirs, q_seq=100, kv_seq=120)
     exact = theirs(*args)
-    theirs, ours, args = jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, (theirs, ours, args)
-    )
+    theirs, ours, args = to_bfloat16((theirs, ours, args))
     our_out, their_out = ours(*args), theirs(*args)
     assert our_out.dtype == jnp.bfloat16
     assert_as_accurate(our_out, their_out, exact)
@@ -173,10 +181,17 @@ def test_conversion_both_ways(getkey, config):
 
 def test_conversion_takes_our_options(getkey):
     theirs, _ = pair(getkey())
-    converted = MultiheadAttention.from_equinox(theirs, is_causal=True, implementation="xla")
+    converted = MultiheadAttention.from_equinox(
+        theirs,
+        is_causal=True,
+        local_window_size=3,
+        compute_dtype=jnp.float32,
+        implementation="xla",
+    )
     assert converted.is_causal and converted.implementation == "xla"
+    assert converted.compute_dtype == jnp.float32
     args = inputs(getkey, theirs)
-    assert_close(converted(*args), theirs(*args, jnp.tri(Q_SEQ, KV_SEQ, dtype=bool)))
+    assert_close(converted(*args), theirs(*args, window_mask(3, 0)))
 
 
 def test_conversion_of_an_ensemble(getkey):
@@ -206,6 +221,16 @@ def test_to_equinox_refuses_what_equinox_lacks(getkey):
     args = inputs(getkey, causal)
     converted = causal.to_equinox(drop_is_causal=True)
     assert_close(converted(*args, jnp.tri(Q_SEQ, KV_SEQ, dtype=bool)), causal(*args))
+    with pytest.raises(ValueError, match=r"local_window_size: expected None, got \(3, 3\); .*mask"):
+        ours_only(getkey(), local_window_size=3).to_equinox()
+    with pytest.raises(ValueError, match=r"use_qk_norm: expected False, got True; .*process_heads"):
+        ours_only(getkey(), use_qk_norm=True).to_equinox()
+
+
+def test_to_equinox_leaves_the_compute_dtype_behind(getkey):
+    theirs, _ = pair(getkey())
+    converted = MultiheadAttention.from_equinox(theirs, compute_dtype=jnp.bfloat16)
+    assert eqx.tree_equal(converted.to_equinox(), theirs)
 
 
 def test_from_equinox_takes_equinox_layers_only(without_type_checks):
@@ -280,6 +305,188 @@ def test_empty_sequences(getkey, q_seq, kv_seq):
     layer = ours_only(getkey(), vo_size=5)
     out = layer(*inputs(getkey, layer, q_seq=q_seq, kv_seq=kv_seq))
     assert jnp.array_equal(out, jnp.zeros((q_seq, SIZE)))
+
+
+# ---- Windows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "window, is_causal, left, right",
+    [
+        (2, False, 2, 2),
+        (2, True, 2, 0),
+        ((3, 0), False, 3, 0),
+        ((None, 1), False, KV_SEQ, 1),
+        ((1, None), False, 1, KV_SEQ),
+        ((2**40, 2**40), False, KV_SEQ, KV_SEQ),
+    ],
+)
+def test_a_window_equals_a_mask(getkey, window, is_causal, left, right, dropout_p):
+    theirs, _ = pair(getkey(), dropout_p=dropout_p)
+    ours = MultiheadAttention.from_equinox(
+        theirs, is_causal=is_causal, local_window_size=window, implementation="xla"
+    )
+    args = inputs(getkey, theirs)
+    mask = random_mask(getkey(), HEADS) | jnp.eye(Q_SEQ, KV_SEQ, dtype=bool)
+    key = getkey()
+    expected = theirs(*args, mask & window_mask(left, right), key=key)
+    assert_close(ours(*args, mask, key=key), expected)
+
+
+def test_the_kernel_refuses_a_window(getkey):
+    layer = ours_only(getkey(), local_window_size=2, implementation="flash", dtype=jnp.bfloat16)
+    args = to_bfloat16(inputs(getkey, layer))
+    with pytest.raises(NotImplementedError, match="local_window_size is not supported"):
+        layer(*args)
+
+
+# ---- Norms of queries and keys -------------------------------------------------------------------
+
+
+def rms_norm(heads, weight):
+    return heads / jnp.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * weight
+
+
+def test_norms_equal_their_formula(getkey):
+    theirs, _ = pair(getkey())
+    ours = ours_only(getkey(), use_qk_norm=True)
+    rng = generator(getkey())
+    weights = [jnp.asarray(rng.standard_normal(ours.qk_size), jnp.float32) for _ in range(2)]
+    projections = (theirs.query_proj, theirs.key_proj, theirs.value_proj, theirs.output_proj)
+    ours = eqx.tree_at(
+        lambda m: (
+            *(m.query_proj, m.key_proj, m.value_proj, m.output_proj),
+            *(m.query_norm.weight, m.key_norm.weight),
+        ),
+        ours,
+        (*projections, *weights),
+    )
+    args = inputs(getkey, theirs)
+    cotangent = generator(getkey()).standard_normal((Q_SEQ, SIZE), np.float32)
+
+    def process_heads(query, key, value):  # does not commute with the norms
+        return query + 1, 1 - key, 2 * value
+
+    def our_loss(parameters):
+        layer, args = parameters
+        return (layer(*args, process_heads=process_heads) * cotangent).sum()
+
+    def their_loss(parameters):
+        layer, (query_weight, key_weight), args = parameters
+        out = layer(
+            *args,
+            process_heads=lambda query, key, value: process_heads(
+                rms_norm(query, query_weight), rms_norm(key, key_weight), value
+            ),
+        )
+        return (out * cotangent).sum()
+
+    our_results = eqx.filter_value_and_grad(our_loss)((ours, args))
+    their_results = eqx.filter_value_and_grad(their_loss)((theirs, weights, args))
+    # Both in this order: the loss, the projections, the weights of the norms, the inputs.
+    assert_close(jax.tree.leaves(our_results), jax.tree.leaves(their_results), rtol=3e-5)
+
+
+def test_norms_are_computed_in_float32(getkey):
+    """In float16 the squares of these heads overflow."""
+    key, seen = getkey(), []
+
+    def process_heads(*heads):
+        seen.append(heads)
+        return heads
+
+    plain, normed = (
+        ours_only(key, use_qk_norm=use_qk_norm, num_kv_heads=2, dtype=jnp.float16)
+        for use_qk_norm in (False, True)
+    )
+    args = [(1000 * x).astype(jnp.float16) for x in inputs(getkey, plain)]
+    for layer in (plain, normed):
+        layer(*args, process_heads=process_heads)
+    (*heads, value), (*normed_heads, normed_value) = seen
+    assert jnp.array_equal(value, normed_value)
+    for x, actual in zip(heads, normed_heads, strict=True):
+        assert actual.dtype == jnp.float16
+        expected = rms_norm(x.astype(jnp.float32), 1.0)
+        rounding = float(jnp.finfo(jnp.float16).eps) / 2
+        np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=1.01 * rounding)
+
+
+def test_norms_come_after_equinoxs_leaves(getkey):
+    theirs, _ = pair(key := getkey())
+    leaves = jax.tree_util.tree_leaves_with_path(ours_only(key, use_qk_norm=True))
+    their_leaves = jax.tree_util.tree_leaves_with_path(theirs)
+    *same, query_norm, key_norm = leaves
+    assert eqx.tree_equal(same, their_leaves)
+    for name, (path, weight) in (("query_norm", query_norm), ("key_norm", key_norm)):
+        assert jax.tree_util.keystr(path) == f".{name}.weight"
+        assert jnp.array_equal(weight, jnp.ones(SIZE // HEADS))
+
+
+# ---- Computing in another dtype than that of the parameters --------------------------------------
+
+
+def test_compute_dtype_equals_casts_outside(getkey):
+    """Bit by bit, but for gradients, which come back in the dtype of the parameters."""
+    key, options = getkey(), {**CONFIGS["biases"], "implementation": "xla"}
+    layer = ours_only(key, **options, compute_dtype=jnp.bfloat16)
+    plain = ours_only(key, **options)
+    args = inputs(getkey, layer)
+
+    @eqx.filter_value_and_grad(has_aux=True)
+    def results(layer_and_args):
+        layer, args = layer_and_args
+        out = layer(*args)
+        return jnp.sin(out).sum(), out
+
+    (_, out), gradients = results((layer, args))
+    (_, expected), plain_gradients = results(to_bfloat16((plain, args)))
+    assert out.dtype == jnp.bfloat16 and jnp.array_equal(out, expected)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True):
+        assert a.dtype == jnp.float32 and jnp.array_equal(a, b.astype(jnp.float32))
+
+
+def test_the_kernel_serves_float32_parameters(getkey):
+    layer = ours_only(
+        getkey(),
+        query_size=64 * HEADS,
+        num_kv_heads=2,
+        is_causal=True,
+        use_qk_norm=True,
+        compute_dtype=jnp.bfloat16,
+    )
+
+    def in_float32(query, key, value):
+        return query.astype(jnp.float32), key.astype(jnp.float32), value
+
+    @eqx.filter_grad
+    def gradients(layer_and_x):
+        layer, x = layer_and_x
+        out = jax.vmap(lambda x: layer(x, x, x, process_heads=in_float32))(x)
+        assert out.dtype == jnp.bfloat16
+        return out.astype(jnp.float32).sum()
+
+    x = jnp.zeros((3, Q_SEQ, 64 * HEADS))
+    parameters_and_x = eqx.filter((layer, x), eqx.is_array)
+    shapes = eqx.filter_eval_shape(gradients, (layer, x))
+    for leaf, gradient in zip(*map(jax.tree.leaves, (parameters_and_x, shapes)), strict=True):
+        assert leaf.dtype == gradient.dtype == jnp.float32 and leaf.shape == gradient.shape
+
+    program = cuda_text(lambda x: jax.tree.leaves(gradients((layer, x))), x)
+    for target in (KERNEL, BACKWARD):
+        assert kernel_calls(program, target) == 1
+        (call,) = (line for line in program.splitlines() if f"@{target}(" in line)
+        assert f"(tensor<3x{Q_SEQ}x{HEADS}x64xbf16>" in call
+
+
+def test_compute_dtype_with_dropout(getkey):
+    key, options = getkey(), {"dropout_p": 0.4, "implementation": "xla"}
+    layer = ours_only(key, **options, compute_dtype=jnp.bfloat16)
+    plain = ours_only(key, **options)
+    args = inputs(getkey, layer)
+    out = layer(*args, key=key)
+    assert out.dtype == jnp.bfloat16
+    assert jnp.array_equal(out, to_bfloat16(plain)(*to_bfloat16(args), key=key))
 
 
 # ---- Transformations -----------------------------------------------------------------------------
@@ -454,10 +661,30 @@ def test_dropout_errors(getkey):
         ({"vo_size": -1}, "vo_size: expected at least 1, got -1"),
         ({"dropout_p": 1.5}, "dropout_p: expected a probability from 0 to 1, got 1.5"),
         ({"implementation": "cudnn"}, 'implementation: expected None, "flash" or "xla", got'),
+        ({"local_window_size": (1, -1)}, r"local_window_size: \(1, -1\) has a negative .* None"),
+        ({"local_window_size": (1, 2, 3)}, r"local_window_size: .* \(left, right\), got \(1, 2, 3"),
+        (
+            {"compute_dtype": jnp.int32},
+            r"compute_dtype: expected one .*bfloat16.*, got int32; None",
+        ),
+        ({"compute_dtype": jnp.float8_e4m3fn}, "compute_dtype: expected .*, got float8_e4m3fn"),
     ],
 )
 def test_constructor_errors(getkey, without_type_checks, config, message):
     with pytest.raises(ValueError, match=message):
+        ours_only(getkey(), **config)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"local_window_size": 1.5}, r"local_window_size: expected a static int or .*, got 1\.5"),
+        ({"local_window_size": (True, 1)}, r"local_window_size: .*, got \(True, 1\)"),
+        ({"compute_dtype": "bf16"}, "compute_dtype: expected a dtype, got 'bf16'"),
+    ],
+)
+def test_constructor_type_errors(getkey, without_type_checks, config, message):
+    with pytest.raises(TypeError, match=message):
         ours_only(getkey(), **config)
 
 

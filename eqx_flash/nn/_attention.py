@@ -243,8 +243,8 @@ class MultiheadAttention(eqx.Module):
         - `inference`: Overrides the `inference` flag of the layer.
         - `deterministic`: Deprecated name of `inference`.
         - `process_heads`: Takes the query, key and value heads, returns new ones of the same
-            shapes; for example rotary position embeddings. With `compute_dtype` the heads come in
-            it, and go back to it.
+            shapes; for example rotary position embeddings. With `compute_dtype`, it gets heads of
+            that dtype, and what it returns is cast back to it.
 
         **Returns:**
 
@@ -269,7 +269,7 @@ class MultiheadAttention(eqx.Module):
         query = self._project(self.query_proj, query, self.num_heads, self.qk_size)
         key_ = self._project(self.key_proj, key_, self.num_kv_heads, self.qk_size)
         value = self._project(self.value_proj, value, self.num_kv_heads, self.vo_size)
-        heads = _normalise(self.query_norm, query), _normalise(self.key_norm, key_), value
+        heads: Heads = _normalise(self.query_norm, query), _normalise(self.key_norm, key_), value
         if process_heads is not None:
             heads = self._cast(_process(process_heads, heads))
 
@@ -387,13 +387,11 @@ class MultiheadAttention(eqx.Module):
             )
 
     def _cast(self, tree):
-        """The arrays of `tree` in `compute_dtype`; their gradients go back to their own dtypes."""
-        if self.compute_dtype is None:
+        """`tree` with its arrays in `compute_dtype`. Their gradients keep the dtypes of `tree`."""
+        dtype = self.compute_dtype
+        if dtype is None:
             return tree
-        return jax.tree.map(
-            lambda x: jnp.asarray(x, self.compute_dtype) if eqx.is_inexact_array_like(x) else x,
-            tree,
-        )
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype) if _is_float_array(x) else x, tree)
 
     def _project(self, proj: eqx.nn.Linear, x: Array, num_heads: int, size: int) -> Array:
         return jax.vmap(self._cast(proj))(self._cast(x)).reshape(x.shape[0], num_heads, size)
@@ -509,6 +507,11 @@ def _check_compute_dtype(compute_dtype: DTypeLike | None) -> np.dtype | None:
             f"{dtype}; None computes in the dtype of inputs and parameters"
         )
     return dtype
+
+
+def _is_float_array(x) -> bool:
+    # Not `equinox.is_inexact_array_like`, which fails on the tracers of jax 0.11.
+    return isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, np.floating)
 
 
 def _normalise(norm: eqx.nn.RMSNorm | None, heads: Array) -> Array:
