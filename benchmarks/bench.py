@@ -82,8 +82,8 @@ IMPLEMENTATIONS = {
     "cudnn": cudnn,
     "mosaic": mosaic,
 }
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "eqx-flash",
-            "dew-flash-attn-cu13", "tokamax")  # fmt: skip
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-nccl-cu13",
+            "eqx-flash", "equinox", "optax", "dew-flash-attn-cu13", "tokamax")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,6 +195,7 @@ def measure(args: argparse.Namespace, trainers: list[Trainer]) -> list[Row]:
         runs = {i: (trainer, (trainer.batches[0],)) for i, trainer in enumerate(trainers)}
         timed = bench.time_in_turns(runs, args.rounds, args.seconds)
         state = sampler.state(begin)
+    first = statistics.median(timed[0][0])
     rows: list[Row] = []
     for i, trainer in enumerate(trainers):
         lower, median, upper = statistics.quantiles(timed[i][0], n=4)
@@ -204,11 +205,11 @@ def measure(args: argparse.Namespace, trainers: list[Trainer]) -> list[Row]:
             "median_ms": 1e3 * median, "lower_quartile_ms": 1e3 * lower,
             "upper_quartile_ms": 1e3 * upper,
             "tokens_per_second": args.batch * args.seq / median,
-            "speed_to_first": (rows[0]["median_ms"] / 1e3 if rows else median) / median,
+            "speed_to_first": first / median,
             "rounds": args.rounds, "steps_per_round": timed[i][1],
             "losses": losses[i],
             "loss_difference_to_first": max(
-                abs(x / first - 1) for x, first in zip(losses[i], losses[0], strict=True)
+                abs(x / y - 1) for x, y in zip(losses[i], losses[0], strict=True)
             ),
             "kernel_calls": kernel_calls(trainer.compiled),
             "collectives": collectives(trainer.compiled),

@@ -15,6 +15,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from common import quick_compilation
 
 import eqx_flash
 
@@ -136,6 +137,93 @@ def test_whole_run(bench, monkeypatch, tmp_path, capsys):
     assert all(r["max_difference_to_ours"] in (0, None) for r in rows)
 
 
+# ---- Training steps ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train_step(report):
+    for package in ("optax", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    if jax.default_backend() != "cpu":
+        pytest.skip("needs two devices, and counts what XLA makes of the steps for CPUs")
+    return importlib.import_module("train_step")
+
+
+TOY = "--seq=32 --width=32 --heads=2 --depth=1 --steps=4 --rounds=2 --seconds=0.001".split()
+
+
+def run_train_step(train_step, monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *TOY, *args])
+    with quick_compilation(), jax.numpy_dtype_promotion("standard"):  # optax needs the latter
+        train_step.main()
+
+
+def test_training_steps(train_step, monkeypatch, tmp_path, capsys):
+    """On two virtual devices the losses agree, and only what must be sent is sent."""
+    out = f"--out={tmp_path}"
+    run_train_step(train_step, monkeypatch, out, "--mesh=single,data,heads")
+    content = json.loads((tmp_path / "train_step.json").read_text())
+    rows = {(row["attention"], row["mesh"]): row for row in content["rows"]}
+    assert list(rows) == list(itertools.product(("eqx_flash", "xla"), ("single", "data", "heads")))
+    assert not content["failures"]
+    assert all(row["losses"][-1] < row["losses"][0] for row in rows.values())
+    assert rows["xla", "data"]["loss_difference_to_first"] > 0  # it is another computation
+    for (_, mesh), row in rows.items():
+        assert row["devices"] == (1 if mesh == "single" else 2)
+        if mesh != "heads":
+            assert set(row["collectives"]) == ({"all-reduce"} if mesh == "data" else set())
+        else:  # one each for the output projection and the MLP, in each pass
+            assert row["collectives"] == {"all-reduce": 2 * 2}
+    alone = content["attention_alone"]
+    assert all(x == {"kernel_calls": {}, "collectives": {}} for x in alone.values())
+    assert "attention alone on heads: collectives: none" in capsys.readouterr().out
+
+
+def test_training_steps_that_go_wrong(train_step, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_step, "collectives", lambda compiled: {"all-gather": 1})
+    monkeypatch.setattr(train_step, "expected_calls", lambda args, mesh, count: {"kernel": count})
+    monkeypatch.setattr(train_step, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit) as failure:
+        run_train_step(train_step, monkeypatch, f"--out={tmp_path}", "--attention=eqx_flash")
+    lines = str(failure.value).splitlines()
+    assert lines == json.loads((tmp_path / "train_step.json").read_text())["failures"]
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["eqx_flash on single", "the losses differ from the first variant's"],
+        ["eqx_flash on single", "expected the kernel calls {'kernel'"],
+        ["attention alone on single", "expected {'kernel'"],
+    ]
+
+
+def test_kernel_calls_and_collectives_of_a_compiled_program(train_step):
+    class Compiled:
+        def as_text(self):
+            return """
+  %all-reduce.1 = bf16[8]{0} all-reduce(%p), metadata={op_name="all-gather(x)"}
+  %start = (f32[4]{0}, f32[8]{0}) all-gather-start(%all-reduce.1)
+  %done = f32[8]{0} all-gather-done(%start)
+  %f.1 = (bf16[1,8,2,64]{3,2,1,0}, f32[1,2,8]{2,1,0}) custom-call(%q), custom_call_target="eqx_flash_forward"
+  %f.2 = (bf16[1,8,2,64]{3,2,1,0}, f32[1,2,8]{2,1,0}) custom-call(%q), custom_call_target="eqx_flash_forward"
+  %g = bf16[8,8]{1,0} custom-call(%q), custom_call_target="__cublas$gemm"
+"""  # noqa: E501
+
+    assert train_step.kernel_calls(Compiled()) == {"eqx_flash_forward bf16[1,8,2,64]": 2}
+    assert train_step.collectives(Compiled()) == {"all-reduce": 1, "all-gather": 1}
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("--attention=fa3", "argument --attention: expected some of eqx_flash,cudnn,xla"),
+        ("--mesh=single,both", "argument --mesh: expected some of single,data,heads"),
+        ("--heads=5", "argument --heads: expected a divisor of the width, 32"),
+    ],
+)
+def test_command_line_errors(train_step, monkeypatch, capsys, arg, message):
+    with pytest.raises(SystemExit):
+        run_train_step(train_step, monkeypatch, arg)
+    assert message in capsys.readouterr().err
+
+
 # ---- Tuning --------------------------------------------------------------------------------------
 
 
@@ -241,3 +329,24 @@ def test_table_of_variants(tune_run):
         ["wide", "500.0", "1.250", "480.0", "0.800", "1.000"],
         ["fa3", "-", "660.0", "1.100", "1.100"],
     ]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a toy, of float32 on virtual CPUs")
+def test_training_steps_on_two_devices(report, monkeypatch, tmp_path, capsys):
+    for package in ("optax", "matplotlib", "tqdm"):  # of the example whose model it is
+        pytest.importorskip(package)
+    train_step = importlib.import_module("train_step")
+    sizes = "--seq 32 --batch 2 --width 32 --heads 4 --depth 1 --steps 2 --rounds 3 --seconds 0.01"
+    variants = "--attention eqx_flash,xla --mesh single,data,heads"
+    monkeypatch.setattr(
+        sys, "argv", ["train_step.py", "--out", str(tmp_path), *sizes.split(), *variants.split()]
+    )
+    with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+        train_step.main()  # exits with an error if losses differ, or attention communicates
+    record = json.loads((tmp_path / "train_step.json").read_text())
+    assert record["failures"] == []
+    assert [(row["attention"], row["mesh"]) for row in record["rows"]] == list(
+        itertools.product(("eqx_flash", "xla"), ("single", "data", "heads"))
+    )
+    assert all(row["collectives"] for row in record["rows"] if row["mesh"] != "single")
+    assert "tokens/s" in capsys.readouterr().out
