@@ -10,6 +10,8 @@ Hopper its attention runs on the flash kernel.
 
 import argparse
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -149,11 +151,22 @@ def sample(model, prompt, length, dtype, key):
     return codes
 
 
+def flash_kernels(program: jax.stages.Compiled) -> str:
+    """The attention kernels that a compiled program calls, and how often."""
+    calls = Counter(re.findall(r'custom_call_target="(eqx_flash_\w+)"', program.as_text() or ""))
+    return ", ".join(f"{name} x {n}" for name, n in sorted(calls.items())) or "none"
+
+
 def train(model: GPT, train_codes: np.ndarray, held_out: np.ndarray, dtype: DTypeLike, args):
     """Returns the trained model, the loss of every step, and held-out losses by step."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 0.02, args.steps // 20, args.steps)
     optimizer = optax.contrib.muon(schedule)  # needs half the steps of Adam here
     opt_state = optimizer.init(eqx.filter(model, eqx.is_array))
+
+    # Compiled here to be looked at; the loop below takes this program, too.
+    windows = np.zeros((args.batch, args.context + 1), np.int32)
+    lowered = train_step.lower(model, opt_state, optimizer, windows, dtype)
+    print(f"kernels     {flash_kernels(lowered.compile().compiled)} in the compiled step\n")
 
     rng = np.random.default_rng(args.seed)
     train_losses, held_out_losses = [], {}
@@ -231,7 +244,7 @@ def main() -> None:
     heads = jax.ShapeDtypeStruct(heads_shape, dtype)
     print(f"text        {len(train_codes):,} characters, and {len(held_out_codes):,} held out")
     print(f"model       {size:,} parameters, computing in {jnp.dtype(dtype).name}")
-    print(f"attention   {eqx_flash.explain(heads, heads, heads, is_causal=True)}\n")
+    print(f"attention   {eqx_flash.explain(heads, heads, heads, is_causal=True)}")
 
     model, train_losses, held_out_losses = train(model, train_codes, held_out, dtype, args)
 

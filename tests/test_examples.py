@@ -61,7 +61,11 @@ def test_training_lowers_both_losses(training):
 
 def test_training_says_what_computes_attention(training):
     result, _ = training
-    assert re.search(r"^attention +(flash|xla)\b", result.stdout, re.MULTILINE)
+    attention = re.search(r"^attention +(flash|xla)\b", result.stdout, re.MULTILINE)
+    kernels = re.search(r"^kernels +(.+) in the compiled step$", result.stdout, re.MULTILINE)
+    assert attention and kernels
+    both = "eqx_flash_backward x 1, eqx_flash_forward x 1"  # of the one block
+    assert kernels[1] == {"flash": both, "xla": "none"}[attention[1]]
 
 
 def test_training_writes_the_loss_curve_and_a_sample(training):
@@ -84,6 +88,15 @@ def train_char_lm(monkeypatch):
         pytest.importorskip(package)
     monkeypatch.syspath_prepend(ROOT / "examples")
     return importlib.import_module("train_char_lm")
+
+
+def test_count_of_the_kernels_in_a_compiled_program(train_char_lm):
+    class Program:
+        def as_text(self):
+            targets = ["eqx_flash_forward", "__cublas$gemm", "eqx_flash_forward"]
+            return "".join(f'  %x = custom-call(), custom_call_target="{x}"\n' for x in targets)
+
+    assert train_char_lm.flash_kernels(Program()) == "eqx_flash_forward x 2"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
-from .._dot_product_attention import Window, dot_product_attention
+from .. import _checks
+from .._dot_product_attention import CHECKPOINT_NAMES, Window, dot_product_attention
 
 Mask = Bool[Array, "q_seq kv_seq"] | Bool[Array, "num_heads q_seq kv_seq"]
 Heads = tuple[Array, Array, Array]
@@ -98,6 +99,7 @@ class MultiheadAttention(eqx.Module):
     local_window_size: Sides | None = eqx.field(static=True)
     compute_dtype: np.dtype | None = eqx.field(static=True)
     implementation: Literal["flash", "xla"] | None = eqx.field(static=True)
+    checkpoint_names: tuple[str, str] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -122,6 +124,7 @@ class MultiheadAttention(eqx.Module):
         use_qk_norm: bool = False,
         compute_dtype: DTypeLike | None = None,
         implementation: Literal["flash", "xla"] | None = None,
+        checkpoint_names: tuple[str, str] = CHECKPOINT_NAMES,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -154,12 +157,15 @@ class MultiheadAttention(eqx.Module):
         - `implementation`: `"flash"` (the Hopper kernel, or an error), `"xla"` (plain JAX), or
             `None` (the kernel where it can serve the call), as in
             [`eqx_flash.dot_product_attention`][].
+        - `checkpoint_names`: What policies of `jax.checkpoint` call the attended values of all
+            heads and their log-sum-exp, as there. Active dropout names nothing.
         - `key`: Random key for the initialisation of the parameters.
 
         **Raises:**
 
         `ValueError` for a value that does not fit, `TypeError` for a `local_window_size` that is
-        not made of integers or a `compute_dtype` that is not a dtype.
+        not made of integers, a `compute_dtype` that is not a dtype, or `checkpoint_names` that are
+        not two names.
         """
         if num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
@@ -182,12 +188,9 @@ class MultiheadAttention(eqx.Module):
                 )
         if not 0 <= dropout_p <= 1:
             raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
-        local_window_size = _check_window(local_window_size)
+        local_window_size = _checks.window(local_window_size)
         compute_dtype = _check_compute_dtype(compute_dtype)
-        if implementation not in (None, "flash", "xla"):
-            raise ValueError(
-                f'implementation: expected None, "flash" or "xla", got {implementation!r}'
-            )
+        checkpoint_names = _checks.checkpoint_names(checkpoint_names)
 
         def linear(in_size: int, out_size: int, use_bias: bool, key: PRNGKeyArray) -> eqx.nn.Linear:
             return eqx.nn.Linear(in_size, out_size, use_bias=use_bias, dtype=dtype, key=key)
@@ -219,7 +222,8 @@ class MultiheadAttention(eqx.Module):
         self.is_causal = is_causal
         self.local_window_size = local_window_size
         self.compute_dtype = compute_dtype
-        self.implementation = implementation
+        self.implementation = _checks.implementation(implementation)
+        self.checkpoint_names = checkpoint_names
 
     @jax.named_scope("eqx_flash.nn.MultiheadAttention")
     def __call__(
@@ -290,15 +294,16 @@ class MultiheadAttention(eqx.Module):
         local_window_size: Window | None = None,
         compute_dtype: DTypeLike | None = None,
         implementation: Literal["flash", "xla"] | None = None,
+        checkpoint_names: tuple[str, str] = CHECKPOINT_NAMES,
     ) -> "MultiheadAttention":
         """The same layer on flash attention, sharing the parameters of `module`.
 
         **Arguments:**
 
         - `module`: An [`equinox.nn.MultiheadAttention`][].
-        - `is_causal`, `local_window_size`, `compute_dtype`, `implementation`: As for the
-            constructor. The causal mask or window that `module` was called with is then no longer
-            needed.
+        - `is_causal`, `local_window_size`, `compute_dtype`, `implementation`,
+            `checkpoint_names`: As for the constructor. The causal mask or window that `module` was
+            called with is then no longer needed.
 
         **Returns:**
 
@@ -319,6 +324,7 @@ class MultiheadAttention(eqx.Module):
             local_window_size=local_window_size,
             compute_dtype=compute_dtype,
             implementation=implementation,
+            checkpoint_names=checkpoint_names,
         )
 
     def to_equinox(self, *, drop_is_causal: bool = False) -> eqx.nn.MultiheadAttention:
@@ -416,6 +422,7 @@ class MultiheadAttention(eqx.Module):
             is_causal=self.is_causal,
             local_window_size=self.local_window_size,
             implementation=self.implementation,
+            checkpoint_names=self.checkpoint_names,
         )
         return attended[..., : self.vo_size]
 
@@ -467,31 +474,6 @@ class MultiheadAttention(eqx.Module):
         left, right = (farthest if side is None else min(side, farthest) for side in (left, right))
         distance = jnp.arange(kv_seq) - jnp.arange(q_seq)[:, None]
         return (-left <= distance) & (distance <= right)
-
-
-def _check_window(window: Window | None) -> Sides | None:
-    """`local_window_size` as (left, right)."""
-    if window is None:
-        return None
-    sides = window if isinstance(window, tuple | list) else (window, window)
-    if len(sides) != 2:
-        raise ValueError(f"local_window_size: expected an int or (left, right), got {window!r}")
-    return _check_side(window, sides[0]), _check_side(window, sides[1])
-
-
-def _check_side(window: Window, side: int | None) -> int | None:
-    if side is None:
-        return None
-    if isinstance(side, bool) or not isinstance(side, int | np.integer):
-        raise TypeError(
-            f"local_window_size: expected a static int or (left, right), got {window!r}"
-        )
-    if side < 0:
-        raise ValueError(
-            f"local_window_size: {window!r} has a negative side; use None for an unbounded side, "
-            f"as in (128, None)"
-        )
-    return int(side)
 
 
 def _check_compute_dtype(compute_dtype: DTypeLike | None) -> np.dtype | None:
