@@ -27,7 +27,7 @@ struct BackwardFusedDqWarpgroupKernel
   static constexpr int kConsumerRegisters = 208;  // S, dP, P, dS, dK, dV, K and V: 192
   static constexpr int kDqRegisters = 72;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters + kDqRegisters <= 512);
-  static_assert(!Base::kSplitOutputs && Parts::kCols * 2 == 64);
+  static_assert(!Base::kSplitOutputs);
 
   struct Smem : Base::Smem {
     static constexpr uint32_t kDs = (Base::Smem::kEnd + 1023) / 1024 * 1024;
@@ -79,6 +79,7 @@ struct BackwardFusedDqWarpgroupKernel
         sm90::pin(rdQ);
         smem.ds.empty(cursor.stage).arrive();  // the stage may take another dS
         cursor.advance();
+        // Both parts of the accumulator at once: one follows the other.
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; ++i) {
           sm90::reduce_add_x4(block + (i * sm90::kWarpgroup + thread) * 4, rdQ + 4 * i);
