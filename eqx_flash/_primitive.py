@@ -101,7 +101,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _first_order(fn: Callable, spec: AttentionSpec) -> Callable:
     """`fn(spec, ...)`, which must not be differentiated again if it runs a kernel.
 
-    It refuses only when a cotangent arrives, so that a gradient under `stop_gradient` passes.
+    It refuses only when a cotangent arrives or a tangent is computed, so that a gradient under
+    `stop_gradient` passes.
     """
     bound = functools.partial(fn, spec)
     if spec.dispatch == "xla":

@@ -42,6 +42,14 @@ def _has_hopper() -> bool:
 
 
 @pytest.fixture
+def exact_float32_products():
+    from common import quick_compilation  # as above
+
+    with jax.default_matmul_precision("highest"), quick_compilation():
+        yield
+
+
+@pytest.fixture
 def getkey():
     """Call it for a new PRNG key, the same sequence of keys in every test."""
     counter = itertools.count()

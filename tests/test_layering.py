@@ -26,7 +26,7 @@ PYTHON_LAYERS = {
     "_dot_product_attention": {"_canonical", "_checks", "_primitive", "_spec", "_types"},
     "_hopper": {"_canonical", "_checks", "_primitive", "_spec", "_types"},
     "_explain": {"_canonical", "_ffi", "_platform", "_spec"},
-    "nn._attention": {"_checks", "_dot_product_attention"},
+    "nn._attention": {"_checks", "_dot_product_attention", "_spec"},
     "nn._rotary": set(),
     "nn": {"nn._attention", "nn._rotary"},
     "__init__": {"_dot_product_attention", "_explain", "_ffi", "_hopper", "nn"},

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
 from .. import _checks
-from .._dot_product_attention import CHECKPOINT_NAMES, Window, dot_product_attention
+from .._dot_product_attention import Window, dot_product_attention
+from .._spec import CHECKPOINT_NAMES
 
 Mask = Bool[Array, "q_seq kv_seq"] | Bool[Array, "num_heads q_seq kv_seq"]
 Heads = tuple[Array, Array, Array]
