@@ -227,6 +227,15 @@ def measure_cell(
             forward_median = statistics.median(timed["fwd", name][0])
             seconds = [both - forward_median for both in seconds]
         lower, median, upper = statistics.quantiles(seconds, n=4)
+        if median <= 0:
+            # Only where the backward pass is shorter than the machine's noise. No speed is better
+            # than a negative one, which no mean of ratios survives.
+            print(
+                f"{name} {shape} {pass_} on {data} data left out: both passes took no longer than "
+                "the forward pass; use more --rounds or a larger --batch",
+                flush=True,
+            )
+            continue
         rows.append({
             "data": data, "pass": pass_, "head_dim": shape.head_dim, "mask": shape.mask,
             "seq": shape.seq, "implementation": name, "tflops": flops / median / 1e12,

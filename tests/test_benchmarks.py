@@ -103,8 +103,13 @@ def test_flops(bench):
     assert full.flops == 4 * 8 * 16 * 2048**2 * 128 == 2 * causal.flops
 
 
-def test_whole_run(bench, monkeypatch, tmp_path, capsys):
-    """With plain attention as each implementation, one that is absent, and tiny shapes."""
+@pytest.fixture
+def toy_bench(bench, monkeypatch, tmp_path):
+    """With plain attention as each implementation, one that is absent, and tiny shapes.
+
+    Calls are made, but take as long as they have operands, since a toy's passes differ by less than
+    a busy machine's noise.
+    """
 
     def plain(causal):
         return functools.partial(
@@ -114,6 +119,10 @@ def test_whole_run(bench, monkeypatch, tmp_path, capsys):
     def absent(causal):
         raise ModuleNotFoundError("No module named 'absent'")
 
+    def seconds(program, operands, calls):
+        jax.block_until_ready(program(*operands))
+        return calls * len(operands) * 1e-4
+
     monkeypatch.setattr(bench, "TOKENS", 64)
     monkeypatch.setattr(bench, "WIDTH", 128)
     monkeypatch.setattr(bench, "SHAPES", [bench.Shape(64, "causal", 32)])
@@ -122,10 +131,15 @@ def test_whole_run(bench, monkeypatch, tmp_path, capsys):
     )
     matrices = (jnp.ones((8, 8)),) * 2
     monkeypatch.setattr(bench, "thermometer", lambda: (jax.jit(jnp.matmul), matrices, 1024))
+    monkeypatch.setattr(bench, "batch_seconds", seconds)
     monkeypatch.setattr(
         sys, "argv", ["bench.py", f"--out={tmp_path}", "--rounds=2", "--batch=0.001"]
     )
-    bench.main()
+    return bench
+
+
+def test_whole_run(toy_bench, tmp_path, capsys):
+    toy_bench.main()
     printed = capsys.readouterr().out
     assert "mosaic d64-causal-32 left out: ModuleNotFoundError" in printed
     for pass_ in ("fwd", "bwd"):
@@ -136,6 +150,19 @@ def test_whole_run(bench, monkeypatch, tmp_path, capsys):
         itertools.product(("normal", "peaky"), ("fwd", "bwd"))
     )
     assert all(r["max_difference_to_ours"] in (0, None) for r in rows)
+    milliseconds = {r["pass"]: r["median_ms"] for r in rows if r["implementation"] == "cudnn"}
+    assert milliseconds == pytest.approx({"fwd": 0.3, "bwd": 0.4 - 0.3})
+
+
+def test_backward_time_that_is_noise(toy_bench, monkeypatch, tmp_path, capsys):
+    """A backward pass that seems to take no time is no figure, and does not cost the others."""
+    monkeypatch.setattr(toy_bench, "batch_seconds", lambda program, operands, calls: calls * 1e-4)
+    toy_bench.main()
+    printed = capsys.readouterr().out
+    assert (
+        "eqx_flash d64-causal-32 bwd on peaky data left out: both passes took no longer" in printed
+    )
+    assert {r["pass"] for r in json.loads((tmp_path / "bench.json").read_text())["rows"]} == {"fwd"}
 
 
 # ---- Training steps ------------------------------------------------------------------------------
