@@ -275,6 +275,7 @@ struct ForwardKernel {
 
       // Epilogue; what does not need O runs beside the last product.
       const TileSlot::Place place = slot.place();
+      __syncwarp();  // every lane has read the slot
       smem.tile.empty(slot_at.stage).arrive_if(elected);  // the slot may be overwritten
       softmax.finish();
       const float normaliser[2] = {softmax.normaliser(0), softmax.normaliser(1)};
