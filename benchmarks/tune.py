@@ -2,7 +2,9 @@
 """Tries variants of the kernels: builds them side by side, checks and times them in one go.
 
 `build` needs nvcc and no GPU; `run` needs a GPU and no nvcc, and the folder that `build` wrote.
+`emulate` checks on the CPU what `build` would compile.
 
+    python tune.py emulate --kernels forward-d128 --set wide=forward_tile.block_n=144
     python tune.py build --kernels forward-d128 --set wide=forward_tile.block_n=144
     python tune.py run --peers fa3,cudnn
 """
@@ -24,29 +26,34 @@ def arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    build = commands.add_parser("build", help="compile variants and read their machine code")
-    build.add_argument("--out", type=pathlib.Path, default=FOLDER)
-    build.add_argument(
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", type=pathlib.Path, default=FOLDER)
+    shared.add_argument(
         "--kernels", type=words, default=[], help="words: forward-d128,d64-causal; default: all"
     )
-    build.add_argument(
+    shared.add_argument(
         "--set", action="append", type=named, default=[], metavar="NAME=CHANGE",
         help="forward_tile.block_n=144, or kernels/forward.cuh:kDynamicTiles=true; repeat for more",
     )  # fmt: skip
-    build.add_argument(
+    shared.add_argument(
         "--patch", action="append", type=named, default=[], metavar="NAME=FILE",
         help="the output of git diff -- csrc",
     )  # fmt: skip
-    build.add_argument(
+    shared.add_argument(
         "--tree", action="append", type=named, default=[], metavar="NAME=FOLDER",
         help="another csrc/ to start from",
     )  # fmt: skip
-    build.add_argument(
+    shared.add_argument(
         "--only", action="append", type=named, default=[], metavar="NAME=WORDS",
         help="the kernels that this variant concerns",
     )  # fmt: skip
-    build.add_argument("--csrc", type=pathlib.Path, default=tune_build.ROOT / "csrc")
-    build.add_argument("--jobs", type=int, default=2)
+    shared.add_argument("--csrc", type=pathlib.Path, default=tune_build.ROOT / "csrc")
+    shared.add_argument("--jobs", type=int, default=2)
+
+    commands.add_parser(
+        "build", parents=[shared], help="compile variants and read their machine code"
+    )
+    commands.add_parser("emulate", parents=[shared], help="run variants on the CPU")
 
     run = commands.add_parser("run", help="check and time what was built")
     run.add_argument("--folder", type=pathlib.Path, default=FOLDER)
@@ -101,14 +108,20 @@ def variants(args: argparse.Namespace) -> list[tune_build.Variant]:
 
 def main() -> None:
     args = arguments()
-    if args.command == "build":
+    if args.command == "run":
+        importlib.import_module("tune_run").run(args)  # only here and in `emulate` is JAX needed
+    else:
         kernels = [k for k in tune_build.KERNELS if tune_build.matches(str(k), args.kernels)]
         if not kernels:
             sys.exit(f"no kernel matches; there are {', '.join(map(str, tune_build.KERNELS))}")
-        entries = tune_build.build(variants(args), kernels, args.out, args.jobs)
-        print(tune_build.table(entries))
-    else:
-        importlib.import_module("tune_run").run(args)  # only here is JAX needed
+        if args.command == "build":
+            entries = tune_build.build(variants(args), kernels, args.out, args.jobs)
+            print(tune_build.table(entries))
+        else:
+            sys.path.append(str(tune_build.ROOT / "tests"))
+            emulated_kernels = importlib.import_module("emulated_kernels")
+            folder = args.out / "emulated"
+            print(emulated_kernels.emulate(variants(args), kernels, folder, args.jobs))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import sass  # noqa: E402
 
 SHIPPED = "shipped"
 ENTRY = ROOT / "benchmarks" / "tune_entry.cu.in"
+ARGUMENTS = ENTRY.with_name("tune_arguments.h")
 # As in cmake/kernels.cmake; then, what makes a library that shares nothing with the next one.
 OPTIONS = (
     "-gencode=arch=compute_90a,code=sm_90a -O3 -std=c++20 --expt-relaxed-constexpr -Xptxas=-v "
@@ -149,6 +150,22 @@ def make_sources(variant: Variant, head_dim: int, folder: pathlib.Path) -> None:
 # ---- Compilation ---------------------------------------------------------------------------------
 
 
+def entry_of(kernel: Kernel, template: pathlib.Path) -> str:
+    """The translation unit that has the kernel's C functions."""
+    text = template.read_text()
+    for name, value in (("PASS", kernel.pass_), ("HEAD_DIM", kernel.head_dim),
+                        ("MASK", kernel.mask.capitalize())):  # fmt: skip
+        text = text.replace(f"@{name}@", str(value))
+    return text
+
+
+def find_nvcc(folder: pathlib.Path) -> str:
+    """The system's, else that of PyPI's wheels, for which `folder` gets a toolkit."""
+    return build_settings.system_nvcc() or pypi_nvcc.make_toolkit(
+        folder / "toolkit", pypi_nvcc.find_wheels()
+    )
+
+
 def compile_kernel(
     variant: Variant, kernel: Kernel, out: pathlib.Path, nvcc: str, known: dict
 ) -> dict:
@@ -161,17 +178,14 @@ def compile_kernel(
     sources = out / "sources" / variant.name / f"d{kernel.head_dim}"
     unit = sources / f"{kernel}.cu"
     library = out / f"{variant.name}.{kernel}.so"
-    text = ENTRY.read_text()
-    for name, value in (("PASS", kernel.pass_), ("HEAD_DIM", kernel.head_dim),
-                        ("MASK", kernel.mask.capitalize())):  # fmt: skip
-        text = text.replace(f"@{name}@", str(value))
-    unit.write_text(text)
+    unit.write_text(entry_of(kernel, ENTRY))
     entry["digest"] = _digest(unit, sources / "csrc")
     previous = known.get(library.name, {})
     if previous.get("digest") == entry["digest"] and library.exists():
         return previous
     library.unlink(missing_ok=True)
-    command = [nvcc, *OPTIONS, f"-I{sources / 'csrc'}", f"-I{sources}", "-o", library, unit]
+    folders = [f"-I{folder}" for folder in (sources / "csrc", sources, ENTRY.parent)]
+    command = [nvcc, *OPTIONS, *folders, "-o", library, unit]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     library.with_suffix(".log").write_text(run.stdout)
     if run.returncode:
@@ -190,6 +204,7 @@ def _digest(unit: pathlib.Path, csrc: pathlib.Path) -> str:
     readers = [pathlib.Path(sass.__file__), pathlib.Path(check_ptxas.__file__)]
     for path in [
         unit,
+        ARGUMENTS,
         *readers,
         pathlib.Path(__file__),
         *sorted(p for p in csrc.rglob("*") if p.is_file()),
@@ -236,9 +251,7 @@ def build(
     if manifest.exists():
         entries = json.loads(manifest.read_text())["entries"]
         known = {entry["library"]: entry for entry in entries if entry["library"]}
-    nvcc = build_settings.system_nvcc() or pypi_nvcc.make_toolkit(
-        out / "toolkit", pypi_nvcc.find_wheels()
-    )
+    nvcc = find_nvcc(out)
     wanted = [(v, k) for v in variants for k in kernels if v.concerns(k)]
     # The backward needs the results of a forward.
     helpers = {Kernel("forward", k.head_dim, k.mask) for _, k in wanted} - set(kernels)

@@ -27,7 +27,7 @@ GUARD = 4096  # bytes behind each buffer that must stay as they are
 
 
 class Arguments(ctypes.Structure):
-    """As in tune_entry.cu.in."""
+    """As in tune_arguments.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -184,28 +184,26 @@ def run_poisoned(library: Library, memory: Memory, problem: Problem) -> None:
 # ---- A job ---------------------------------------------------------------------------------------
 
 
-def run_case(library: Library, memory: Memory, problem: Problem, inputs) -> dict[str, np.ndarray]:
-    """The results, 16-bit floats as integers."""
+def run_case(
+    library: Library, memory: Memory, problem: Problem, inputs, launches: int
+) -> dict[str, np.ndarray]:
+    """The results of all launches along a new first axis, 16-bit floats as integers."""
     sizes = library.buffer_bytes(problem)
     memory.reserve(sizes)
     for name in INPUTS[problem.kind]:
         memory.upload(name, inputs[name])
-    results = []
-    for _ in range(2):
+    types = {name: np.float32 if name == "lse" else np.uint16 for name in OUTPUTS[problem.kind]}
+    results = {n: np.empty((launches, *problem.shape(n)), dtype) for n, dtype in types.items()}
+    for i in range(launches):
         run_poisoned(library, memory, problem)
         if broken := memory.broken_guards(written(library, problem)):
             raise RuntimeError(f"writes behind the end of {', '.join(broken)}")
-        types = {name: np.float32 if name == "lse" else np.uint16 for name in OUTPUTS[problem.kind]}
-        results.append({
-            name: memory.download(name, np.empty(problem.shape(name), dtype))
-            for name, dtype in types.items()
-        })  # fmt: skip
-    first, second = results
-    for name in first:
-        summed_in_any_order = name == "dq" and "dq_accumulator" in sizes
-        if not summed_in_any_order and first[name].tobytes() != second[name].tobytes():
-            raise RuntimeError(f"{name} has other bits the second time, for {problem}")
-    return second
+        for name, array in results.items():
+            memory.download(name, array[i])
+            summed_in_any_order = name == "dq" and "dq_accumulator" in sizes
+            if not summed_in_any_order and array[i].tobytes() != array[0].tobytes():
+                raise RuntimeError(f"{name} has other bits in launch {i}, for {problem}")
+    return results
 
 
 def main() -> None:
@@ -215,7 +213,8 @@ def main() -> None:
     results = {}
     for i, case in enumerate(job["cases"]):
         with np.load(case["inputs"]) as inputs:
-            found = run_case(library, memory, Problem(**case["problem"]), inputs)
+            problem = Problem(**case["problem"])
+            found = run_case(library, memory, problem, inputs, case["launches"])
         results |= {f"{name}{i}": array for name, array in found.items()}
     np.savez(job["results"], **results)
     # The shapes that will be timed, with any numbers: only whether they end.

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,21 +24,15 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # memory is not all JAX's
 
-import numpy as np
-import tune_build
-import tune_device
-from tune_device import Library, Memory, Problem
-
-# The oracle imports eqx_flash: the installed one, else the source tree's.
-sys.path += [str(tune_build.ROOT / "tests" / "gpu"), str(tune_build.ROOT)]
-
 import bench
-import gradient_oracle
-import jax
 import jax.numpy as jnp
 import ml_dtypes
-import oracle
+import numpy as np
 import report
+import tune_build
+import tune_device
+from tune_cases import Case, Cases, Checker, Checks, check, check_table, plain
+from tune_device import Library, Memory, Problem
 
 PASSES = {"forward": "fwd", "backward": "bwd", "deterministic": "bwd"}
 
@@ -55,131 +48,18 @@ Row = dict[str, Any]
 # ---- Correctness ---------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Two batch elements of 16 heads: 32 heads of full length outnumber the multiprocessors."""
-
-    seq_q: int
-    seq_k: int
-    heads_k: int
-    missing_columns: int = 0  # of the tile's head dim
-    alignment: str = "bottom_right"
-    query_factor: float = 1.0
-
-
-BATCH, HEADS, LENGTH = 2, 16, 1024
-CASES = (
-    Case(LENGTH, LENGTH, HEADS),
-    Case(1000, 777, 4, missing_columns=8),  # causal: rows that see nothing
-    Case(333, 1019, 1, alignment="top_left", query_factor=bench.QUERY_FACTOR["peaky"]),
-    Case(1, 129, 8),
+# 32 heads of full length outnumber the multiprocessors.
+CASES = Cases(
+    batch=2,
+    heads=16,
+    length=1024,
+    cases=(
+        Case(1024, 1024, 16),
+        Case(1000, 777, 4, missing_columns=8),  # causal: rows that see nothing
+        Case(333, 1019, 1, alignment="top_left", query_factor=bench.QUERY_FACTOR["peaky"]),
+        Case(1, 129, 8),
+    ),
 )
-
-
-class Checker:
-    """The cases of one head dim and mask, with what the oracle needs to judge results."""
-
-    def __init__(self, head_dim: int, mask: str, folder: pathlib.Path) -> None:
-        self._head_dim, self._mask = head_dim, mask
-        self._inputs = [self._make_inputs(case) for case in CASES]
-        self._files = [folder / f"case{i}-d{head_dim}-{mask}.npz" for i in range(len(CASES))]
-        for path, inputs in zip(self._files, self._inputs, strict=True):
-            np.savez(path, **{name: _plain(array) for name, array in inputs.items()})
-
-    def job_cases(self, pass_: str) -> list[dict[str, Any]]:
-        problems = [dataclasses.asdict(self._problem(case, pass_)) for case in CASES]
-        return [
-            {"problem": problem, "inputs": str(path)}
-            for problem, path in zip(problems, self._files, strict=True)
-        ]
-
-    def worst_error(self, pass_: str, results: dict[str, np.ndarray]) -> float:
-        """In units of what is allowed."""
-        names = tune_device.OUTPUTS["forward" if pass_ == "forward" else "backward"]
-        ratios = []
-        for i, (case, inputs) in enumerate(zip(CASES, self._inputs, strict=True)):
-            q, k, v, *cotangents = self._padded(inputs)
-            found = [
-                self._pad(name, array if name == "lse" else array.view(ml_dtypes.bfloat16))
-                for name, array in ((name, results[f"{name}{i}"]) for name in names)
-            ]
-            facts = self._variants(case, 1), self._scale(case), case.seq_q, case.seq_k
-            if pass_ == "forward":
-                errors = oracle.measure(q, k, v, *(x[None] for x in found), *facts)
-                ratios += [errors.out / errors.bound, errors.lse / oracle.LSE_ABSOLUTE]
-            else:
-                stacked = tuple(x[None] for x in found)
-                errors = gradient_oracle.measure(q, k, v, *cotangents, stacked, *facts)
-                ratios.append(errors.error / errors.bound)
-        return max(float(jnp.max(ratio)) for ratio in ratios)
-
-    def _make_inputs(self, case: Case) -> dict[str, np.ndarray]:
-        head_dim = self._head_dim - case.missing_columns
-        q, k, v = oracle.random_qkv(
-            "bfloat16", BATCH, case.seq_q, case.seq_k, HEADS, case.heads_k, head_dim
-        )
-        q = (q.astype(np.float32) * case.query_factor).astype(q.dtype)
-        dout, dlse = gradient_oracle.random_cotangents(
-            "bfloat16", BATCH, case.seq_q, HEADS, head_dim
-        )
-        inputs = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
-        padded = self._padded(inputs)[:3]
-        out, lse = _formula(
-            *padded, self._scale(case), self._variants(case), case.seq_q, case.seq_k
-        )
-        out = np.asarray(out)[:, : case.seq_q, :, :head_dim].astype(q.dtype)
-        return inputs | {"out": out, "lse": np.asarray(lse)[:, :, : case.seq_q]}
-
-    def _problem(self, case: Case, pass_: str) -> Problem:
-        diagonal = 0
-        if self._mask == "causal" and case.alignment == "bottom_right":
-            diagonal = case.seq_k - case.seq_q
-        head_dim = self._head_dim - case.missing_columns
-        return Problem(
-            pass_, BATCH, case.seq_q, case.seq_k, HEADS, case.heads_k, head_dim, diagonal
-        )
-
-    def _scale(self, case: Case) -> np.float32:
-        return np.float32((self._head_dim - case.missing_columns) ** -0.5)
-
-    def _variants(self, case: Case, count: int = 0) -> oracle.Variant:
-        mask = "full" if self._mask == "full" else case.alignment
-        variant = oracle.Variant.of(HEADS, case.heads_k, mask, case.seq_q, case.seq_k)
-        return jax.tree.map(lambda x: x[None], variant) if count else variant
-
-    # All cases have one shape, so that the oracle is compiled once. Zeros in new columns change
-    # nothing.
-    def _padded(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [self._pad(name, inputs[name]) for name in ("q", "k", "v", "dout", "dlse")]
-
-    def _pad(self, name: str, array: np.ndarray) -> np.ndarray:
-        whole = (
-            (BATCH, HEADS, LENGTH)
-            if name in ("lse", "dlse")
-            else (BATCH, LENGTH, HEADS, self._head_dim)
-        )
-        widths = [(0, n - m) for n, m in zip(whole, array.shape, strict=True)]
-        return np.pad(array, widths)
-
-
-_formula = jax.jit(oracle.formula)
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """What npz can hold."""
-    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
-
-
-def check(job: dict[str, Any], path: str, limit: float) -> str:
-    """Runs a job, written to `path`; empty, or what went wrong."""
-    pathlib.Path(path).write_text(json.dumps(job))
-    command = [sys.executable, tune_build.ROOT / "benchmarks" / "tune_device.py", path]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"hangs: killed after {limit:.0f} s"
-    lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-    return lines[-1] if run.returncode else ""
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -409,23 +289,19 @@ def load(
     return built, measured
 
 
-Checks = dict[tuple[str, str, str], dict[str, Any]]  # by kernel, variant and pass
-
-
 def check_all(
     args: argparse.Namespace, cells: list[Cell], measured: dict[str, Libraries],
     data: np.ndarray, deadline: float,
 ) -> Checks:  # fmt: skip
-    """{"passed": ..., "error": in units of what is allowed, "problem": text}."""
     checks: Checks = {}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.check_jobs) as pool:
         folder = pathlib.Path(name)
-        np.save(folder / "data.npy", _plain(data))
+        np.save(folder / "data.npy", plain(data))
         checkers, jobs = {}, {}
         for cell in cells:
             key = cell.shape.head_dim, cell.shape.mask
             if key not in checkers:
-                checkers[key] = Checker(*key, folder)
+                checkers[key] = Checker(*key, folder, CASES)
             for variant, library in measured[cell.kernel].items():
                 where = cell.kernel, variant, cell.pass_
                 if where in jobs:
@@ -447,15 +323,6 @@ def check_all(
                 problem = "" if error <= 1 else "wrong"
             checks[where] = {"passed": not problem, "error": error, "problem": problem}
     return checks
-
-
-def check_table(checks: Checks) -> str:
-    lines = [f"{'pass':28s}{'variant':20s}{'error / bound':>14s}"]
-    for (kernel, variant, pass_), found in checks.items():
-        title = pass_ + kernel[kernel.index("-") :]
-        error = "-" if found["error"] is None else f"{found['error']:.3f}"
-        lines.append(f"{title:28s}{variant:20s}{error:>14s}  {found['problem'] or 'ok'}")
-    return "\n".join(lines)
 
 
 def write(folder: pathlib.Path, about: dict[str, Any], checks: Checks, rows: list[Row]) -> None:
