@@ -4,10 +4,13 @@
 // the tail of the one before it.
 #pragma once
 
+#include <algorithm>
+
 #include "dispatch.h"
 #include "kernels/backward_dkdv.cuh"
 #include "kernels/backward_dq.cuh"
 #include "kernels/backward_fused.cuh"
+#include "kernels/backward_fused_dq_loader.cuh"
 #include "kernels/backward_fused_dq_warpgroup.cuh"
 #include "kernels/backward_prep.cuh"
 #include "launch.cuh"
@@ -15,8 +18,9 @@
 namespace eqx_flash {
 
 // Causal blocks are of unequal length: mixing the heads of a section levels them. Bytes of L2.
+inline constexpr int64_t kCausalSectionBytes = 16 << 20;
 inline int64_t backward_section_bytes(const ForwardParams& shape) {
-  return shape.mask == Mask::kCausal ? 16 * int64_t{1 << 20} : 0;
+  return shape.mask == Mask::kCausal ? kCausalSectionBytes : 0;
 }
 
 template <typename Element, int kHeadDim>
@@ -33,7 +37,8 @@ cudaError_t launch_backward_prep(const BackwardParams& params, cudaStream_t stre
 
 // A kernel whose blocks hold keys: kKernel runs Kernel.
 template <typename Element, typename Kernel, auto* kKernel>
-cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaStream_t stream) {
+cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo& device,
+                                 cudaStream_t stream) {
   const ForwardParams& shape = params.forward;
   const int blocks = (shape.seq_k + Kernel::kBlockN - 1) / Kernel::kBlockN;
   // Q and dO of the heads that share a key head, 16-bit.
@@ -50,10 +55,11 @@ cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaS
   encode(&args.dk, params.dk, key_shape(shape), kWarpgroupRows);
   encode(&args.dv, params.dv, key_shape(shape), kWarpgroupRows);
   if (encode.error != cudaSuccess) return encode.error;
-  const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
+  const cudaError_t error = allow_shared_memory<kKernel>(device.ordinal, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  return launch_early(kKernel, args.order.total, Kernel::kThreads, Kernel::Smem::kBytes, stream,
-                      args);
+  const int grid =
+      Kernel::kPersistent ? std::min(args.order.total, device.multiprocessors) : args.order.total;
+  return launch_early(kKernel, grid, Kernel::kThreads, Kernel::Smem::kBytes, stream, args);
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
@@ -92,8 +98,13 @@ cudaError_t launch_backward_finish_dq(const BackwardParams& params, cudaStream_t
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t launch_backward_fused(const BackwardParams& params, int device, cudaStream_t stream) {
-  if constexpr (has_dq_warpgroup(kHeadDim)) {
+cudaError_t launch_backward_fused(const BackwardParams& params, const DeviceInfo& device,
+                                  cudaStream_t stream) {
+  if constexpr (kLoaderComputesDq) {
+    using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask>;
+    constexpr auto* kKernel = &backward_fused_dq_loader_kernel<Element, kHeadDim, kMask>;
+    return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
+  } else if constexpr (has_dq_warpgroup(kHeadDim)) {
     using Kernel = BackwardFusedDqWarpgroupKernel<Element, kHeadDim, kMask>;
     constexpr auto* kKernel = &backward_fused_dq_warpgroup_kernel<Element, kHeadDim, kMask>;
     return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
@@ -113,14 +124,14 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if constexpr (has_fused_backward(kHeadDim)) {
     if (params.dq_accumulator != nullptr) {
-      error = launch_backward_fused<Element, kHeadDim, kMask>(params, device.ordinal, stream);
+      error = launch_backward_fused<Element, kHeadDim, kMask>(params, device, stream);
       if (error != cudaSuccess) return error;
       return launch_backward_finish_dq<Element, kHeadDim>(params, stream);
     }
   }
   using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_dkdv_tile(kHeadDim)>;
   error = launch_backward_keys<Element, Kernel, &backward_dkdv_kernel<Element, kHeadDim, kMask>>(
-      params, device.ordinal, stream);
+      params, device, stream);
   if (error != cudaSuccess) return error;
   return launch_backward_dq<Element, kHeadDim, kMask>(params, device.ordinal, stream);
 }

@@ -174,6 +174,38 @@ def test_rows_that_see_nothing(run, outcome_of):
     assert (gradient_or_output[:, :, 131:] & 0x7FFF).any(axis=-1).all()
 
 
+# Scores whose maximum rises a little, by more than 30 log2, and by what overflows, within a tile.
+RISING = tuple(Case(70, 300, 1, query_factor=factor) for factor in (6.0, 30.0, 400.0))
+
+VARIANTS = [
+    *(
+        Run("forward", head_dim, mask, switches=("kLazyMaximum",), more_cases=RISING)
+        for head_dim, mask in ((64, "full"), (64, "causal"), (128, "causal"), (256, "full"))
+    ),
+    Run("forward", 128, "full", "float16", switches=("kLazyMaximum",)),
+    *(
+        Run("backward", head_dim, mask, switches=("kLoaderComputesDq", *more))
+        for head_dim in (64, 128)
+        for mask, more in (
+            ("full", ("kRotateQueries",)),
+            ("causal", ()),
+            ("full", ("kPersistentBackward",)),
+            ("causal", ("kPersistentBackward",)),
+        )
+    ),
+    Run("backward", 128, "full", switches=("kRotateQueries",)),
+    Run("deterministic", 256, "full", switches=("kRotateQueries",)),
+]
+
+
+@pytest.mark.parametrize("run", VARIANTS, ids=str)
+def test_variant_computes_attention(run, outcome_of):
+    """What benchmarks/tune.py can turn on, before a GPU decides whether it is worth it."""
+    found = outcome_of(run)
+    assert not found.problem
+    assert found.worst_error <= 1
+
+
 # ---- The emulator --------------------------------------------------------------------------------
 
 FORWARD, DKDV, DQ = (f"kernels/{x}.cuh" for x in ("forward", "backward_dkdv", "backward_dq"))
@@ -195,8 +227,7 @@ MUTATIONS = {
             message=r"a bulk store outlives its block's shared memory; block 0, seed \d",
         ),
         Mutation(
-            "a lane has not read what another releases", FORWARD,
-            "__syncwarp();  // every lane has read the slot", case=1,
+            "a lane has not read what another releases", FORWARD, "__syncwarp();", case=1,
         ),
         Mutation(
             "a release is missing", FORWARD,

@@ -32,6 +32,8 @@ struct BackwardDkdvKernel {
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kKeySlabs = kBlockN / kWarpgroupRows;
   static constexpr int kThreads = kBackwardThreads;
+  static constexpr bool kPersistent = false;
+  static constexpr bool kRotates = kRotateQueries && kMask == Mask::kFull;
   static constexpr int kConsumerThreads = 2 * sm90::kWarpgroup;
   // Two slabs: each warpgroup computes dK and dV of its own 64 keys. One slab: the accumulators
   // are too large for that, and one warpgroup computes dV, the other dK.
@@ -84,17 +86,19 @@ struct BackwardDkdvKernel {
     }
   };
 
-  // This thread block's keys, and the queries that see them.
+  // The keys of a thread block, and the queries that see them.
   struct Block {
     int n_block;
     int key_head;
     int batch;
     QueryBlocks queries;
     int steps;  // query blocks of all heads of the group
+
+    EQX_DEVICE int rotated(int m_block) const { return (m_block + n_block) % queries.end; }
   };
-  EQX_DEVICE static Block block(const BackwardDkdvArguments& args) {
+  EQX_DEVICE static Block block(const BackwardDkdvArguments& args, int index = blockIdx.x) {
     const ForwardParams& shape = args.params.forward;
-    const RankedHead place = args.order.place(blockIdx.x);
+    const RankedHead place = args.order.place(index);
     Block block;
     block.n_block = sm90::warp_uniform(place.rank);  // causal: the first keys are seen by most
     block.batch = place.batch_head / shape.heads_k;
@@ -127,6 +131,7 @@ struct BackwardDkdvKernel {
     Cursor cursor;
     auto load = [&](const CUtensorMap& map, const auto& ring, const float* stats,
                     uint32_t stats_buffer, int m_block, int head) {
+      if constexpr (kRotates) m_block = at.rotated(m_block);
       ring.wait_empty(cursor);  // all consumers are done with the block this stage held
       const sm90::Barrier full = ring.full(cursor.stage);
       full.arrive_and_expect(QueryTile::kBytes + Smem::kStatBytes);
@@ -161,7 +166,10 @@ struct BackwardDkdvKernel {
     float scale_log2 = args.params.forward.softmax_scale * 1.44269504f;
 
     EQX_DEVICE Consumer(const BackwardDkdvArguments& args_, const Smem& smem_, int key_slab_)
-        : args(args_), smem(smem_), at(block(args_)), key_slab(key_slab_) {
+        : Consumer(args_, smem_, key_slab_, block(args_)) {}
+    EQX_DEVICE Consumer(const BackwardDkdvArguments& args_, const Smem& smem_, int key_slab_,
+                        const Block& at_)
+        : args(args_), smem(smem_), at(at_), key_slab(key_slab_) {
       asm volatile("mov.b32 %0, %0;" : "+f"(scale_log2));  // a vector register: operand reuse
     }
     // This thread is done with a stage. Every lane arrives for itself, since each has read some of
@@ -259,6 +267,9 @@ struct BackwardDkdvKernel {
       }
       sm90::fence_async_proxy();
     }
+    EQX_DEVICE int first_query_block() const {
+      return kRotates ? at.rotated(at.queries.first) : at.queries.first;
+    }
     EQX_DEVICE int next_query_block(int m_block) const {
       return m_block + 1 < at.queries.end ? m_block + 1 : at.queries.first;  // next head
     }
@@ -286,7 +297,7 @@ struct BackwardDkdvKernel {
     smem.keys_full.wait(0);  // K and V have landed
     if (me.at.steps > 0) {
       Cursor cursor;
-      int m_block = me.at.queries.first;
+      int m_block = me.first_query_block();
       auto finish_ds = [&] {  // P and dS as operands of the next step's products
         me.init_dp(rdP, cursor);
         me.start_dp(rdP, cursor);
@@ -365,7 +376,7 @@ struct BackwardDkdvKernel {
     smem.keys_full.wait(0);  // K has landed
     if (me.at.steps > 0) {
       Cursor cursor;
-      int m_block = me.at.queries.first;
+      int m_block = me.first_query_block();
       me.start_scores(rS, cursor);
       sm90::wgmma_wait<0>();
       finish_scores(cursor, 0, m_block);

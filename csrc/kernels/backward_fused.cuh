@@ -49,7 +49,8 @@ struct BackwardFusedKernel
     for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
       const int64_t batch_head = int64_t{at.batch} * shape.heads + head;
 #pragma unroll 1
-      for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
+      for (int i = at.queries.first; i < at.queries.end; ++i) {
+        const int m_block = Base::kRotates ? at.rotated(i) : i;
         for (int part = 0; part < 2; ++part) {
           // The warpgroup has staged its part.
           sm90::named_barrier_sync(sm90::NamedBarrier::kDqFull, part, kReducerBarrierThreads);
@@ -107,7 +108,7 @@ struct BackwardFusedKernel
 
     smem.keys_full.wait(0);  // K and V have landed
     Cursor cursor;
-    int m_block = me.at.queries.first;
+    int m_block = me.first_query_block();
 #pragma unroll 1
     for (int step = 0; step < me.at.steps; ++step) {
       // Two buffers: one warpgroup may write the next dS while the other still multiplies this one.

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kernels/epilogue.cuh"
+#include "kernels/lazy_softmax.cuh"
 #include "kernels/mask.cuh"
 #include "kernels/scheduler.cuh"
 #include "kernels/softmax.cuh"
@@ -39,6 +40,8 @@ struct ForwardKernel {
   static constexpr bool kRegisterQ = kTile.query_in_registers;
   // Equal tiles are dealt out in turn; causal ones, of unequal length, go to whoever is free.
   static constexpr bool kDynamicTiles = kMask == Mask::kCausal;
+  // Probabilities far above 1 need bf16's range.
+  static constexpr bool kLazy = kLazyMaximum && std::is_same_v<Element, __nv_bfloat16>;
   static_assert(kOwnOutput || kQBuffers == 1, "O leaves through Q's only buffer");
   static_assert(kOwnOutput || !kRegisterQ, "Q's buffer is released before O needs it");
 
@@ -159,7 +162,7 @@ struct ForwardKernel {
     uint32_t rP[kBlockN / 4];  // the probabilities as 16-bit operand
     float rO[kHeadDim / 2];
     uint32_t rQ[kRegisterQ ? kHeadDim / 4 : 1];
-    OnlineSoftmax<kBlockN> softmax(params.softmax_scale * 1.44269504f);
+    LazySoftmax<kBlockN> softmax(params.softmax_scale * 1.44269504f);
     KeyCursor at;  // of K; V is one block behind
 
     auto wait_turn = [&] {  // until the previous warpgroup has issued its products
@@ -197,6 +200,38 @@ struct ForwardKernel {
       for (int i = 0; i < kBlockN / 4; ++i) rP[i] = sm90::pack<Element>(rS[2 * i], rS[2 * i + 1]);
     };
 
+    auto rescale_output = [&] {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) rO[i] *= softmax.rescale[(i / 2) % 2];
+    };
+    auto query_fragment = [&](uint32_t (&q)[4], int q_stage, int k) {
+      if constexpr (kRegisterQ) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[i] = rQ[4 * k + i];
+      } else {
+        const uint32_t slab = smem.q.buffer(q_stage) + warpgroup * QSlab::kBytes;
+        sm90::load_operand_step<QSlab>(q, slab, thread, k);
+      }
+    };
+    // Rare: this block has scores far above the reference.
+    auto raise_reference = [&](int q_stage) {
+      if (softmax.any_row_above(FLT_MAX)) {  // overflow: scores once more, while K is still there
+        softmax.take_back();
+        sm90::mma_warp_k_major<Element, KeyTile>(
+            rS, smem.k.buffer(at.stage), thread,
+            [&](uint32_t (&q)[4], int k) { query_fragment(q, q_stage, k); });
+        softmax.template update_max<0>(rS);
+        softmax.template update_max<1>(rS);
+        softmax.template exponentiate<0>(rS);
+        softmax.template exponentiate<1>(rS);
+      } else {
+        softmax.raise_reference();
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; ++i) rS[i] *= softmax.rescale[(i / 2) % 2];
+      }
+      rescale_output();
+    };
+
     if (warpgroup == kConsumers - 1) pass_turn();  // warpgroup 0 goes first
     for (int tile_index = 0;; ++tile_index) {
       const auto slot_at = SlotCursor::after(tile_index);
@@ -232,8 +267,7 @@ struct ForwardKernel {
       // Step n: S(n) and O += P(n+1) V(n+1) go to the tensor cores together; softmax(n) runs beside
       // the second. Where the wait for O stands decides 10 % of the speed: between the two rows'
       // exp2 passes, so that conversions and the rescale of O fill the issue slots of the second.
-#pragma unroll 1
-      while (n_block > 0) {
+      auto step = [&]<bool kLazily>() {
         --n_block;
         const KeyCursor v_at = at;
         at.advance();
@@ -246,21 +280,43 @@ struct ForwardKernel {
         pass_turn();
         sm90::wgmma_wait<1>();  // S(n) is done, P V is still running
         sm90::pin(rS);
-        smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
-        mask_scores();
-        softmax.template update_max<0>(rS);
-        softmax.template exponentiate<0>(rS);
-        softmax.template update_max<1>(rS);
+        if constexpr (kLazily) {
+          softmax.template exponentiate_lazily<0>(rS);
+        } else {
+          smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
+          mask_scores();
+          softmax.template update_max<0>(rS);
+          softmax.template exponentiate<0>(rS);
+          softmax.template update_max<1>(rS);
+        }
         sm90::pin(rS);
         softmax.pin();
         smem.v.wait_full(v_at);  // passes at once: ptxas may not hoist the wait for O above it
         sm90::wgmma_wait<0>();   // O is done
         sm90::pin(rO);
         smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
-        softmax.template exponentiate<1>(rS);
-        pack_probabilities();
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) rO[i] *= softmax.rescale[(i / 2) % 2];
+        if constexpr (kLazily) {
+          softmax.template exponentiate_lazily<1>(rS);
+          if (softmax.any_row_above(softmax.kLimit)) [[unlikely]]
+            raise_reference(q_at.stage);
+          smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
+          pack_probabilities();
+        } else {
+          softmax.template exponentiate<1>(rS);
+          pack_probabilities();
+          rescale_output();
+        }
+      };
+      if constexpr (kLazy) {
+        // Rows that see nothing of the masked blocks have their first maximum from the next one.
+#pragma unroll 1
+        while (n_block > 0 && n_block >= extent.keys.first_masked)
+          step.template operator()<false>();
+#pragma unroll 1
+        while (n_block > 0) step.template operator()<true>();
+      } else {
+#pragma unroll 1
+        while (n_block > 0) step.template operator()<false>();
       }
 
       const KeyCursor v_at = at;
@@ -275,7 +331,7 @@ struct ForwardKernel {
 
       // Epilogue; what does not need O runs beside the last product.
       const TileSlot::Place place = slot.place();
-      __syncwarp();  // every lane has read the slot
+      __syncwarp();                                       // every lane has read the slot
       smem.tile.empty(slot_at.stage).arrive_if(elected);  // the slot may be overwritten
       softmax.finish();
       const float normaliser[2] = {softmax.normaliser(0), softmax.normaliser(1)};

@@ -51,11 +51,12 @@ struct OnlineSoftmax {
     row_max[r] = new_max;
   }
 
-  // Turns the scores of row r into probabilities relative to its max, and adds them up.
-  template <int r>
+  // Turns the scores of row r into probabilities relative to its max, and adds them up. The max has
+  // moved since the last time, unless told otherwise.
+  template <int r, bool kMoved = true>
   EQX_DEVICE void exponentiate(float (&scores)[kCols / 2]) {
     const float max_log2 = row_max[r] * scale_log2;
-    row_sum[r] *= rescale[r];
+    if constexpr (kMoved) row_sum[r] *= rescale[r];
     float odd_sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j) {
