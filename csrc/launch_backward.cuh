@@ -18,9 +18,9 @@
 namespace eqx_flash {
 
 // Causal blocks are of unequal length: mixing the heads of a section levels them. Bytes of L2.
-inline constexpr int64_t kCausalSectionBytes = 16 << 20;
+inline constexpr int64_t kBackwardSectionBytes = 16 << 20;
 inline int64_t backward_section_bytes(const ForwardParams& shape) {
-  return shape.mask == Mask::kCausal ? kCausalSectionBytes : 0;
+  return shape.mask == Mask::kCausal ? kBackwardSectionBytes : 0;
 }
 
 template <typename Element, int kHeadDim>

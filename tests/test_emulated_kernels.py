@@ -38,7 +38,7 @@ class Run:
     mask: str
     dtype: str = "bfloat16"
     mutation: Mutation | None = None
-    switches: tuple[str, ...] = ()  # of tile_config.h that are turned on
+    switches: tuple[str, ...] = ()  # of the sources that are turned on, or NAME=VALUE
     more_cases: tuple[Case, ...] = ()
 
     def __str__(self) -> str:
@@ -117,7 +117,8 @@ def compiled(
     csrc = folder / "changed"
     shutil.copytree(CSRC, csrc)
     for switch in switches:
-        tune_build.override(csrc, f"{switch}=true", kernel.head_dim)
+        change = switch if "=" in switch else f"{switch}=true"
+        tune_build.override(csrc, change, kernel.head_dim)
     if mutation:
         path = csrc / mutation.file
         text = path.read_text()
@@ -182,6 +183,7 @@ VARIANTS = [
         Run("forward", head_dim, mask, switches=("kLazyMaximum",), more_cases=RISING)
         for head_dim, mask in ((64, "full"), (64, "causal"), (128, "causal"), (256, "full"))
     ),
+    Run("forward", 128, "full", switches=("kLazyMaximum", "kTurns=false")),
     Run("forward", 128, "full", "float16", switches=("kLazyMaximum",)),
     *(
         Run("backward", head_dim, mask, switches=("kLoaderComputesDq", *more))
