@@ -44,9 +44,10 @@ cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo&
   // Q and dO of the heads that share a key head, 16-bit.
   const int64_t head_bytes =
       int64_t{shape.seq_q} * shape.head_dim * 4 * (shape.heads / shape.heads_k);
-  BackwardDkdvArguments args{.params = params,
-                             .order = make_block_order(blocks, 0, shape.batch * shape.heads_k,
-                                                       head_bytes, backward_section_bytes(shape))};
+  const int heads = shape.batch * shape.heads_k;
+  const int64_t section_bytes = Kernel::kTakesWholeHeads ? 0 : backward_section_bytes(shape);
+  BackwardDkdvArguments args{
+      .params = params, .order = make_block_order(blocks, 0, heads, head_bytes, section_bytes)};
   TensorMapEncoder<Element> encode;
   encode(&args.q, shape.q, query_shape(shape), Kernel::kBlockM);
   encode(&args.dout, params.dout, query_shape(shape), Kernel::kBlockM);
@@ -54,11 +55,16 @@ cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo&
   encode(&args.v, shape.v, key_shape(shape), kWarpgroupRows);
   encode(&args.dk, params.dk, key_shape(shape), kWarpgroupRows);
   encode(&args.dv, params.dv, key_shape(shape), kWarpgroupRows);
+  if constexpr (Kernel::kTakesWholeHeads) {
+    encode(&args.dq, params.dq, query_shape(shape), kWarpgroupRows);
+  }
   if (encode.error != cudaSuccess) return encode.error;
   const cudaError_t error = allow_shared_memory<kKernel>(device.ordinal, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  const int grid =
-      Kernel::kPersistent ? std::min(args.order.total, device.multiprocessors) : args.order.total;
+  const int units = Kernel::kTakesWholeHeads ? heads : args.order.total;
+  const int grid = Kernel::kPersistent || Kernel::kTakesWholeHeads
+                       ? std::min(units, device.multiprocessors)
+                       : units;
   return launch_early(kKernel, grid, Kernel::kThreads, Kernel::Smem::kBytes, stream, args);
 }
 
@@ -101,8 +107,8 @@ template <typename Element, int kHeadDim, Mask kMask>
 cudaError_t launch_backward_fused(const BackwardParams& params, const DeviceInfo& device,
                                   cudaStream_t stream) {
   if constexpr (kLoaderComputesDq) {
-    using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask>;
-    constexpr auto* kKernel = &backward_fused_dq_loader_kernel<Element, kHeadDim, kMask>;
+    using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask, false>;
+    constexpr auto* kKernel = &backward_fused_dq_loader_kernel<Element, kHeadDim, kMask, false>;
     return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
   } else if constexpr (has_dq_warpgroup(kHeadDim)) {
     using Kernel = BackwardFusedDqWarpgroupKernel<Element, kHeadDim, kMask>;
@@ -115,11 +121,35 @@ cudaError_t launch_backward_fused(const BackwardParams& params, const DeviceInfo
   }
 }
 
+// Whole heads are equal work, but few: nine tenths of the multiprocessors should be busy.
+inline bool takes_whole_heads(const ForwardParams& shape, const DeviceInfo& device) {
+  const int heads = shape.batch * shape.heads_k;
+  const int rounds = (heads + device.multiprocessors - 1) / device.multiprocessors;
+  return heads * 10 >= rounds * device.multiprocessors * 9;
+}
+
+template <typename Element, int kHeadDim, Mask kMask>
+cudaError_t run_backward_whole_heads(const BackwardParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream) {
+  BackwardParams statistics = params;
+  statistics.dq_accumulator = nullptr;  // needs no clearing
+  const cudaError_t error = launch_backward_prep<Element, kHeadDim>(statistics, stream);
+  if (error != cudaSuccess) return error;
+  using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask, true>;
+  constexpr auto* kKernel = &backward_fused_dq_loader_kernel<Element, kHeadDim, kMask, true>;
+  return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
+}
+
 template <typename Element, int kHeadDim, Mask kMask>
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   DeviceInfo device;
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
+  if constexpr (kWholeHeads && has_fused_backward(kHeadDim)) {
+    if (params.dq_accumulator != nullptr && takes_whole_heads(params.forward, device)) {
+      return run_backward_whole_heads<Element, kHeadDim, kMask>(params, device, stream);
+    }
+  }
   error = launch_backward_prep<Element, kHeadDim>(params, stream);
   if (error != cudaSuccess) return error;
   if constexpr (has_fused_backward(kHeadDim)) {

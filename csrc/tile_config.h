@@ -17,6 +17,9 @@ inline constexpr bool kLazyMaximum = false;
 inline constexpr bool kLoaderComputesDq = false;
 // The same with a thread block on each multiprocessor that takes one block of keys after the other.
 inline constexpr bool kPersistentBackward = false;
+// The same, too: where there are enough heads, a thread block takes all key blocks of one, and dQ
+// needs neither atomic additions nor kernels around it.
+inline constexpr bool kWholeHeads = false;
 // Backward without a mask: the key blocks of a head that run side by side read the same queries,
 // and add to the same rows of dQ, at the same moments, unless each begins at another query.
 inline constexpr bool kRotateQueries = false;

@@ -359,6 +359,7 @@ def test_variants_compile(tune_build, tmp_path):
     [
         (("forward", 128, "full"), ["kLazyMaximum"]),
         (("backward", 128, "full"), ["kLoaderComputesDq", "kPersistentBackward"]),
+        (("backward", 64, "causal"), ["kLoaderComputesDq", "kWholeHeads"]),
         (("backward", 256, "full"), ["kRotateQueries"]),
     ],
     ids=lambda x: x[-1],

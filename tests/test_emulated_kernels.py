@@ -193,6 +193,8 @@ VARIANTS = [
             ("causal", ()),
             ("full", ("kPersistentBackward",)),
             ("causal", ("kPersistentBackward",)),
+            ("full", ("kWholeHeads",)),
+            ("causal", ("kWholeHeads",)),
         )
     ),
     Run("backward", 128, "full", switches=("kRotateQueries",)),

@@ -23,6 +23,7 @@ struct BackwardDkdvArguments {
   CUtensorMap q, dout, k, v, dk, dv;
   BackwardParams params;
   BlockOrder order;
+  CUtensorMap dq;  // where a thread block takes whole heads
 };
 
 template <typename Element, int kHeadDim, Mask kMask, BackwardTile kTile_>
@@ -33,6 +34,7 @@ struct BackwardDkdvKernel {
   static constexpr int kKeySlabs = kBlockN / kWarpgroupRows;
   static constexpr int kThreads = kBackwardThreads;
   static constexpr bool kPersistent = false;
+  static constexpr bool kTakesWholeHeads = false;
   static constexpr bool kRotates = kRotateQueries && kMask == Mask::kFull;
   static constexpr int kConsumerThreads = 2 * sm90::kWarpgroup;
   // Two slabs: each warpgroup computes dK and dV of its own 64 keys. One slab: the accumulators

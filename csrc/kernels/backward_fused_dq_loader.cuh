@@ -5,6 +5,10 @@
 //
 // A thread block takes several blocks of keys, one after the other. The stages of Q and dO run on
 // from one to the next, so that the loads of the next block begin before this one ends.
+//
+// Where it takes all key blocks of a head, each thread of dQ's warpgroup meets the same elements of
+// the accumulator again: the first block stores, the others add, and the last one that a query sees
+// converts what it completes. Nobody clears the accumulator before, or reads it after.
 #pragma once
 
 #include "kernels/backward_dkdv.cuh"
@@ -12,7 +16,7 @@
 
 namespace eqx_flash {
 
-template <typename Element, int kHeadDim, Mask kMask>
+template <typename Element, int kHeadDim, Mask kMask, bool kTakesWholeHeads_>
 struct BackwardFusedDqLoaderKernel
     : BackwardDkdvKernel<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)> {
   using Base = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)>;
@@ -23,6 +27,7 @@ struct BackwardFusedDqLoaderKernel
   using QueryTile = typename Base::QueryTile;
   using ScoreTile = typename Base::ScoreTile;
   using Parts = DqParts<kHeadDim>;
+  using DqSlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;
   static constexpr int kBlockM = Base::kBlockM;
   static constexpr int kStages = Base::kTile.k_stages;
   static constexpr int kScoreStages = 2;  // of dS
@@ -33,6 +38,7 @@ struct BackwardFusedDqLoaderKernel
   using ScoreCursor = sm90::Cursor<kScoreStages>;
   using KeyCursor = sm90::Cursor<kKeyBuffers>;
   static constexpr bool kPersistent = kPersistentBackward;
+  static constexpr bool kTakesWholeHeads = kTakesWholeHeads_;
   static constexpr int kThreads = 3 * sm90::kWarpgroup;
   static constexpr int kConsumerRegisters = kHeadDim <= 64 ? 208 : 224;
   static constexpr int kLoaderRegisters = kHeadDim <= 64 ? 88 : 56;
@@ -45,11 +51,13 @@ struct BackwardFusedDqLoaderKernel
     static constexpr uint32_t kSecondKeys = kDs + kScoreStages * ScoreTile::kBytes;
     static constexpr uint32_t kOut = kSecondKeys + (kKeyBuffers - 1) * 2 * Base::Smem::kKeyBytes;
     static constexpr uint32_t kOutEnd = kOut + (kKeysInRegisters ? 2 * Base::Smem::kKeyBytes : 0);
-    static constexpr int kBytes = kOutEnd + 1024;  // alignment
+    static constexpr uint32_t kDq = kOutEnd;
+    static constexpr uint32_t kDqEnd = kDq + (kTakesWholeHeads ? DqSlab::kBytes : 0);
+    static constexpr int kBytes = kDqEnd + 1024;  // alignment
     static_assert(kBytes <= kMaxSharedMemory);
     sm90::Ring<kScoreStages> ds;
     sm90::Ring<kKeyBuffers> keys;  // K, and V behind it
-    uint32_t dk, dv;
+    uint32_t dk, dv, dq;
 
     EQX_DEVICE explicit Smem(const void* dynamic) : Base::Smem(dynamic) {
       const uint32_t base = this->k;
@@ -57,6 +65,7 @@ struct BackwardFusedDqLoaderKernel
       keys = {base, kSecondKeys, ds.barriers + decltype(ds)::kBarrierBytes};
       dk = kKeysInRegisters ? base + kOut : base;
       dv = dk + Base::Smem::kKeyBytes;
+      dq = base + kDq;
     }
     EQX_DEVICE void init_barriers() const {
       this->q.init(Base::kConsumerThreads);
@@ -77,13 +86,18 @@ struct BackwardFusedDqLoaderKernel
 
   // The blocks of keys of this thread block, by number. They are sorted by length: every other
   // round goes backwards, so that no thread block has the longest of all.
-  EQX_DEVICE static int block_index(int round) {
+  EQX_DEVICE static int block_index(const BackwardDkdvArguments& args, int round) {
+    if constexpr (kTakesWholeHeads) {
+      const int blocks = args.order.blocks;
+      const int head = static_cast<int>(blockIdx.x) + round / blocks * static_cast<int>(gridDim.x);
+      return head * blocks + round % blocks;
+    }
     const int forwards = static_cast<int>(blockIdx.x);
     const int backwards = static_cast<int>(gridDim.x) - 1 - forwards;
     return round * static_cast<int>(gridDim.x) + (round % 2 == 0 ? forwards : backwards);
   }
   EQX_DEVICE static bool is_block(const BackwardDkdvArguments& args, int round) {
-    return block_index(round) < args.order.total;
+    return block_index(args, round) < args.order.total;
   }
 
   // ---------------------------------------------------------------- the warpgroup of dQ and loads
@@ -95,7 +109,8 @@ struct BackwardFusedDqLoaderKernel
     const bool elected;
     int keys_round = 0;
     int round = 0;
-    Block at = Base::block(args, block_index(0));  // of the next step, its head and its block there
+    Block at =
+        Base::block(args, block_index(args, 0));  // of the next step, its head and its block there
     int left = at.steps;
     int head = first_head(args, at);
     int i = at.queries.first;
@@ -104,7 +119,7 @@ struct BackwardFusedDqLoaderKernel
     // K and V of the next block, if there is one, as soon as their buffer is free.
     EQX_DEVICE void load_keys() {
       if (!is_block(args, keys_round)) return;
-      const Block keys = Base::block(args, block_index(keys_round));
+      const Block keys = Base::block(args, block_index(args, keys_round));
       const auto to = KeyCursor::after(keys_round);
       ++keys_round;
       smem.keys.wait_empty(to);  // the keys this buffer held are done with
@@ -127,7 +142,7 @@ struct BackwardFusedDqLoaderKernel
     EQX_DEVICE void load_step() {
       while (left == 0) {
         if (!is_block(args, round + 1)) return;
-        at = Base::block(args, block_index(++round));
+        at = Base::block(args, block_index(args, ++round));
         left = at.steps;
         head = first_head(args, at);
         i = at.queries.first;
@@ -179,7 +194,7 @@ struct BackwardFusedDqLoaderKernel
     bool first_step = true;
 #pragma unroll 1
     for (int round = 0; is_block(args, round); ++round) {
-      const Block at = Base::block(args, block_index(round));
+      const Block at = Base::block(args, block_index(args, round));
       const auto keys_at = KeyCursor::after(round);
       const auto k = KeySlab::mn_major(smem.keys.buffer(keys_at.stage));
       if constexpr (kKeyBuffers > 1) loader.load_keys();  // the next block's
@@ -200,8 +215,15 @@ struct BackwardFusedDqLoaderKernel
           if (!first_step) loader.load_step();
           __syncwarp();
           first_step = false;
-          accumulate_dq(accumulator + int64_t{m_block} * kBlockM * kHeadDim, smem, k, cursor);
+          Share share = Share::kOther;
+          if constexpr (kTakesWholeHeads) share = share_of(shape, at.n_block, m_block);
+          accumulate_dq(accumulator + int64_t{m_block} * kBlockM * kHeadDim, smem, k, cursor, share,
+                        shape.softmax_scale);
+          if (complete(share)) store_dq(args, smem, m_block, head, at.batch);
           cursor.advance();
+        }
+        if constexpr (kTakesWholeHeads) {
+          if (at.n_block == 0) clear_unseen(args, smem, at, head);
         }
       }
       if constexpr (kKeysInRegisters) {
@@ -213,12 +235,30 @@ struct BackwardFusedDqLoaderKernel
         __syncwarp();
       }
     }
+    if (kTakesWholeHeads && thread == 0) sm90::tma_store_wait_read();
   }
 
-  // Adds a step's dS K to the accumulator, some columns after the other: registers are scarce.
+  // What a block of keys contributes to a block of queries, if it alone adds to dQ at a time.
+  enum class Share { kFirst, kOther, kLast, kOnly };
+  EQX_DEVICE static bool complete(Share share) {
+    return kTakesWholeHeads && (share == Share::kLast || share == Share::kOnly);
+  }
+  EQX_DEVICE static Share share_of(const ForwardParams& shape, int n_block, int m_block) {
+    int last_key = shape.seq_k - 1;
+    if constexpr (kMask == Mask::kCausal) {
+      last_key = min(last_key, (m_block + 1) * kBlockM - 1 + shape.diagonal);
+    }
+    const bool last = n_block == last_key / Base::kBlockN;
+    if (n_block == 0) return last ? Share::kOnly : Share::kFirst;
+    return last ? Share::kLast : Share::kOther;
+  }
+
+  // Adds a step's dS K to the accumulator, or writes the whole dQ to its slab: some columns after
+  // the other, since registers are scarce.
   EQX_DEVICE static void accumulate_dq(float* accumulator, const Smem& smem, sm90::Descriptor k,
-                                       ScoreCursor cursor) {
+                                       ScoreCursor cursor, Share share, float softmax_scale) {
     const auto ds = ScoreTile::k_major(smem.ds.buffer(0)) + cursor.stage * ScoreTile::kBytes;
+    if (complete(share)) wait_for_dq_slab();
 #pragma unroll
     for (int part = 0; part < kHeadDim / kDqCols; ++part) {
       constexpr int kSlab = KeySlab::kSlabCols;
@@ -238,11 +278,76 @@ struct BackwardFusedDqLoaderKernel
       if (part == kHeadDim / kDqCols - 1) {
         smem.ds.empty(cursor.stage).arrive();  // the stage may take another dS
       }
+      float* const sums = accumulator + part * kDqCols / 8 * sm90::kWarpgroup * 4;
+      if (complete(share)) {
+        if (share == Share::kLast) {
 #pragma unroll
-      for (int j = 0; j < kDqCols / 8; ++j) {
-        sm90::reduce_add_x4(accumulator + (part * kDqCols / 8 + j) * sm90::kWarpgroup * 4,
-                            rdQ + 4 * j);
+          for (int j = 0; j < kDqCols / 8; ++j) {
+            const float4 sum = __ldcg(reinterpret_cast<const float4*>(sums) + j * sm90::kWarpgroup);
+            rdQ[4 * j] += sum.x;
+            rdQ[4 * j + 1] += sum.y;
+            rdQ[4 * j + 2] += sum.z;
+            rdQ[4 * j + 3] += sum.w;
+          }
+        }
+        write_dq_slab(smem.dq, rdQ, part, softmax_scale);
+      } else if (share == Share::kFirst) {
+#pragma unroll
+        for (int j = 0; j < kDqCols / 8; ++j) {
+          reinterpret_cast<float4*>(sums)[j * sm90::kWarpgroup] =
+              make_float4(rdQ[4 * j], rdQ[4 * j + 1], rdQ[4 * j + 2], rdQ[4 * j + 3]);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kDqCols / 8; ++j) {
+          sm90::reduce_add_x4(sums + j * sm90::kWarpgroup * 4, rdQ + 4 * j);
+        }
       }
+    }
+  }
+
+  static constexpr int kDqBarrier = 2;  // behind those of the warpgroups of the keys
+  EQX_DEVICE static void sync_dq() {
+    sm90::named_barrier_sync(sm90::NamedBarrier::kEpilogue, kDqBarrier, sm90::kWarpgroup);
+  }
+  // Until the slab's last dQ has left.
+  EQX_DEVICE static void wait_for_dq_slab() {
+    if (threadIdx.x % sm90::kWarpgroup == 0) sm90::tma_store_wait_read();
+    sync_dq();
+  }
+  EQX_DEVICE static void write_dq_slab(uint32_t slab, const float (&rdQ)[kDqCols / 2], int part,
+                                       float scale) {
+    const int lane = threadIdx.x % sm90::kWarp;
+    const int row = threadIdx.x % sm90::kWarpgroup / sm90::kWarp * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < kDqCols / 16; ++j) {
+      const float* x = rdQ + 8 * j;
+      const int piece = part * kDqCols / 8 + 2 * j + lane / 16;
+      sm90::store_matrix_x4(slab + DqSlab::piece_offset(row, piece),
+                            sm90::pack<Element>(x[0] * scale, x[1] * scale),
+                            sm90::pack<Element>(x[2] * scale, x[3] * scale),
+                            sm90::pack<Element>(x[4] * scale, x[5] * scale),
+                            sm90::pack<Element>(x[6] * scale, x[7] * scale));
+    }
+  }
+  EQX_DEVICE static void store_dq(const BackwardDkdvArguments& args, const Smem& smem, int m_block,
+                                  int head, int batch) {
+    sm90::fence_async_proxy();
+    sync_dq();  // the slab is written
+    if (threadIdx.x % sm90::kWarpgroup == 0) {
+      store_output_slab<DqSlab>(args.dq, smem.dq, m_block * kBlockM, head, batch);
+    }
+  }
+  // dQ of the queries before the first that sees a key.
+  EQX_DEVICE static void clear_unseen(const BackwardDkdvArguments& args, const Smem& smem,
+                                      const Block& at, int head) {
+    for (int m_block = 0; m_block < at.queries.first; ++m_block) {
+      wait_for_dq_slab();
+      float zeros[kDqCols / 2] = {};
+#pragma unroll
+      for (int part = 0; part < kHeadDim / kDqCols; ++part)
+        write_dq_slab(smem.dq, zeros, part, 0.f);
+      store_dq(args, smem, m_block, head, at.batch);
     }
   }
 
@@ -254,7 +359,7 @@ struct BackwardFusedDqLoaderKernel
     ScoreCursor ds_cursor;
 #pragma unroll 1
     for (int round = 0; is_block(args, round); ++round) {
-      const Consumer me(args, smem, warpgroup, Base::block(args, block_index(round)));
+      const Consumer me(args, smem, warpgroup, Base::block(args, block_index(args, round)));
       consume_block(me, smem, KeyCursor::after(round), cursor, ds_cursor);
     }
     // Shared memory must outlive the stores.
@@ -379,11 +484,11 @@ struct BackwardFusedDqLoaderKernel
   }
 };
 
-template <typename Element, int kHeadDim, Mask kMask>
-__global__ void __launch_bounds__(BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask>::kThreads,
-                                  1)
+template <typename Element, int kHeadDim, Mask kMask, bool kTakesWholeHeads>
+__global__ void __launch_bounds__(
+    BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask, kTakesWholeHeads>::kThreads, 1)
     backward_fused_dq_loader_kernel(const __grid_constant__ BackwardDkdvArguments args) {
-  using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask>;
+  using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask, kTakesWholeHeads>;
   extern __shared__ uint8_t dynamic_smem[];
   const typename Kernel::Smem smem(dynamic_smem);
   const int warpgroup = sm90::warp_uniform(threadIdx.x / sm90::kWarpgroup);
