@@ -34,6 +34,7 @@ class Case:
     missing_columns: int = 0  # of the tile's head dim
     alignment: str = "bottom_right"
     query_factor: float = 1.0
+    spike: float = 0.0  # added to the scores of four keys, one in each lane of a row
     launches: int = 2  # whose results must agree
 
 
@@ -110,6 +111,9 @@ class Checker:
             self._dtype, batch, case.seq_q, case.seq_k, heads, case.heads_k, head_dim
         )
         q = (q.astype(np.float32) * case.query_factor).astype(q.dtype)
+        if case.spike:
+            q[..., 0], k[..., 0] = 8, 0
+            k[:, :7:2, :, 0] = case.spike / 8 / self._scale(case)
         dout, dlse = gradient_oracle.random_cotangents(
             self._dtype, batch, case.seq_q, heads, head_dim
         )

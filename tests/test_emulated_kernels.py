@@ -177,10 +177,12 @@ def test_rows_that_see_nothing(run, outcome_of):
 
 # Scores whose maximum rises a little, by more than 30 log2, and by what overflows, within a tile.
 RISING = tuple(Case(70, 300, 1, query_factor=factor) for factor in (6.0, 30.0, 400.0))
+# By what fits into the sum of a lane, but not into that of the four lanes of a row.
+AT_THE_LIMIT = tuple(Case(200, 300, 1, spike=spike) for spike in (88.0, 90.0))
 
 VARIANTS = [
     *(
-        Run("forward", head_dim, mask, switches=("kLazyMaximum",), more_cases=RISING)
+        Run("forward", head_dim, mask, switches=("kLazyMaximum",), more_cases=RISING + AT_THE_LIMIT)
         for head_dim, mask in ((64, "full"), (64, "causal"), (128, "causal"), (256, "full"))
     ),
     Run("forward", 128, "full", switches=("kLazyMaximum", "kTurns=false")),

@@ -7,6 +7,8 @@
 // block is in flight together with P V of the current one.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/epilogue.cuh"
 #include "kernels/lazy_softmax.cuh"
 #include "kernels/mask.cuh"
@@ -219,7 +221,8 @@ struct ForwardKernel {
     };
     // Rare: this block has scores far above the reference.
     auto raise_reference = [&](int q_stage) {
-      if (softmax.any_row_above(FLT_MAX)) {  // overflow: scores once more, while K is still there
+      if (softmax.any_row_above(
+              softmax.kLargest)) {  // overflow: scores once more, while K is still there
         softmax.take_back();
         sm90::mma_warp_k_major<Element, KeyTile>(
             rS, smem.k.buffer(at.stage), thread,

@@ -2,6 +2,8 @@
 // Online softmax that does not look for the maximum of every block of scores.
 #pragma once
 
+#include <cfloat>
+
 #include "kernels/softmax.cuh"
 #include "sm90/registers.cuh"
 
@@ -9,7 +11,7 @@ namespace eqx_flash {
 
 // Softmax is the same relative to any reference, and fp32 and bf16 are as precise at 2^30 as at 1.
 // So the maximum of a row's first blocks serves the others too, until the sum of its exponentials
-// passes a limit. What overflows fp32 in one block is computed anew; scores of 128 log2 above all
+// passes a limit. What overflows fp32 in one block is computed anew; scores of 124 log2 above all
 // before them do that, which no peaked distribution of trained models comes near.
 template <int kCols>
 struct LazySoftmax : OnlineSoftmax<kCols> {
@@ -20,6 +22,8 @@ struct LazySoftmax : OnlineSoftmax<kCols> {
   using Base::scale_log2;
   // Far above a million keys of the reference's size, far below what overflows.
   static constexpr float kLimit = 1 << 30;
+  // Four lanes add up a row's sum, and this holds two rows of a lane.
+  static constexpr float kLargest = FLT_MAX / 8;
   float previous_sum[2];
 
   using Base::Base;
