@@ -62,9 +62,7 @@ cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo&
   const cudaError_t error = allow_shared_memory<kKernel>(device.ordinal, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
   const int units = Kernel::kTakesWholeHeads ? heads : args.order.total;
-  const int grid = Kernel::kPersistent || Kernel::kTakesWholeHeads
-                       ? std::min(units, device.multiprocessors)
-                       : units;
+  const int grid = Kernel::kPersistent ? std::min(units, device.multiprocessors) : units;
   return launch_early(kKernel, grid, Kernel::kThreads, Kernel::Smem::kBytes, stream, args);
 }
 

@@ -37,7 +37,7 @@ struct BackwardFusedDqLoaderKernel
   static constexpr int kKeyBuffers = kKeysInRegisters ? 2 : 1;
   using ScoreCursor = sm90::Cursor<kScoreStages>;
   using KeyCursor = sm90::Cursor<kKeyBuffers>;
-  static constexpr bool kPersistent = kPersistentBackward;
+  static constexpr bool kPersistent = kPersistentBackward || kTakesWholeHeads_;
   static constexpr bool kTakesWholeHeads = kTakesWholeHeads_;
   static constexpr int kThreads = 3 * sm90::kWarpgroup;
   static constexpr int kConsumerRegisters = kHeadDim <= 64 ? 208 : 224;
@@ -317,18 +317,9 @@ struct BackwardFusedDqLoaderKernel
   }
   EQX_DEVICE static void write_dq_slab(uint32_t slab, const float (&rdQ)[kDqCols / 2], int part,
                                        float scale) {
-    const int lane = threadIdx.x % sm90::kWarp;
-    const int row = threadIdx.x % sm90::kWarpgroup / sm90::kWarp * 16 + lane % 16;
-#pragma unroll
-    for (int j = 0; j < kDqCols / 16; ++j) {
-      const float* x = rdQ + 8 * j;
-      const int piece = part * kDqCols / 8 + 2 * j + lane / 16;
-      sm90::store_matrix_x4(slab + DqSlab::piece_offset(row, piece),
-                            sm90::pack<Element>(x[0] * scale, x[1] * scale),
-                            sm90::pack<Element>(x[2] * scale, x[3] * scale),
-                            sm90::pack<Element>(x[4] * scale, x[5] * scale),
-                            sm90::pack<Element>(x[6] * scale, x[7] * scale));
-    }
+    const float factors[2] = {scale, scale};
+    write_output_columns<Element, DqSlab, kDqCols>(slab, part * kDqCols, rdQ, factors,
+                                                   threadIdx.x % sm90::kWarpgroup);
   }
   EQX_DEVICE static void store_dq(const BackwardDkdvArguments& args, const Smem& smem, int m_block,
                                   int head, int batch) {

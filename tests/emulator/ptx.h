@@ -286,8 +286,7 @@ float to_float(uint16_t bits) {
   return static_cast<float>(std::bit_cast<Element>(bits));
 }
 
-// ---- mma
-// -----------------------------------------------------------------------------------------
+// ---- mma ----------------------------------------------------------------------------------------
 
 // One warp's product. Lane l has of A and D the rows l / 4 and l / 4 + 8, of B the column l / 4.
 template <typename Element>
