@@ -294,6 +294,12 @@ def check_all(
     data: np.ndarray, deadline: float,
 ) -> Checks:  # fmt: skip
     checks: Checks = {}
+    if args.unchecked:
+        for cell in cells:
+            for variant in measured[cell.kernel]:
+                where = cell.kernel, variant, cell.pass_
+                checks[where] = {"passed": True, "error": None, "problem": "unchecked"}
+        return checks
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.check_jobs) as pool:
         folder = pathlib.Path(name)
         np.save(folder / "data.npy", plain(data))

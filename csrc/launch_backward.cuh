@@ -10,17 +10,21 @@
 #include "kernels/backward_dkdv.cuh"
 #include "kernels/backward_dq.cuh"
 #include "kernels/backward_fused.cuh"
-#include "kernels/backward_fused_dq_loader.cuh"
 #include "kernels/backward_fused_dq_warpgroup.cuh"
 #include "kernels/backward_prep.cuh"
 #include "launch.cuh"
 
 namespace eqx_flash {
 
-// Causal blocks are of unequal length: mixing the heads of a section levels them. Bytes of L2.
+// Causal blocks are of unequal length: mixing the heads of a section levels them. Bytes of what the
+// heads of a section read; those of all that they touch should stay in L2. With few keys, or at head
+// dim 64, blocks are short and heads many: less mixing levels them as well.
 inline constexpr int64_t kBackwardSectionBytes = 16 << 20;
-inline int64_t backward_section_bytes(const ForwardParams& shape) {
-  return shape.mask == Mask::kCausal ? kBackwardSectionBytes : 0;
+inline constexpr int64_t kShortBackwardSectionBytes = 4 << 20;
+inline int64_t backward_section_bytes(const ForwardParams& shape, int tile_head_dim) {
+  if (shape.mask == Mask::kFull) return 0;
+  const bool is_short = shape.seq_k < 2048 || tile_head_dim <= 64;
+  return is_short ? kShortBackwardSectionBytes : kBackwardSectionBytes;
 }
 
 template <typename Element, int kHeadDim>
@@ -36,18 +40,17 @@ cudaError_t launch_backward_prep(const BackwardParams& params, cudaStream_t stre
 }
 
 // A kernel whose blocks hold keys: kKernel runs Kernel.
-template <typename Element, typename Kernel, auto* kKernel>
-cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo& device,
-                                 cudaStream_t stream) {
+template <typename Element, int kHeadDim, typename Kernel, auto* kKernel>
+cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaStream_t stream) {
   const ForwardParams& shape = params.forward;
   const int blocks = (shape.seq_k + Kernel::kBlockN - 1) / Kernel::kBlockN;
   // Q and dO of the heads that share a key head, 16-bit.
   const int64_t head_bytes =
       int64_t{shape.seq_q} * shape.head_dim * 4 * (shape.heads / shape.heads_k);
-  const int heads = shape.batch * shape.heads_k;
-  const int64_t section_bytes = Kernel::kTakesWholeHeads ? 0 : backward_section_bytes(shape);
-  BackwardDkdvArguments args{
-      .params = params, .order = make_block_order(blocks, 0, heads, head_bytes, section_bytes)};
+  BackwardDkdvArguments args{.params = params,
+                             .order = make_block_order(blocks, 0, shape.batch * shape.heads_k,
+                                                       head_bytes,
+                                                       backward_section_bytes(shape, kHeadDim))};
   TensorMapEncoder<Element> encode;
   encode(&args.q, shape.q, query_shape(shape), Kernel::kBlockM);
   encode(&args.dout, params.dout, query_shape(shape), Kernel::kBlockM);
@@ -55,15 +58,11 @@ cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo&
   encode(&args.v, shape.v, key_shape(shape), kWarpgroupRows);
   encode(&args.dk, params.dk, key_shape(shape), kWarpgroupRows);
   encode(&args.dv, params.dv, key_shape(shape), kWarpgroupRows);
-  if constexpr (Kernel::kTakesWholeHeads) {
-    encode(&args.dq, params.dq, query_shape(shape), kWarpgroupRows);
-  }
   if (encode.error != cudaSuccess) return encode.error;
-  const cudaError_t error = allow_shared_memory<kKernel>(device.ordinal, Kernel::Smem::kBytes);
+  const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  const int units = Kernel::kTakesWholeHeads ? heads : args.order.total;
-  const int grid = Kernel::kPersistent ? std::min(units, device.multiprocessors) : units;
-  return launch_early(kKernel, grid, Kernel::kThreads, Kernel::Smem::kBytes, stream, args);
+  return launch_early(kKernel, args.order.total, Kernel::kThreads, Kernel::Smem::kBytes, stream,
+                      args);
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
@@ -77,7 +76,8 @@ cudaError_t launch_backward_dq(const BackwardParams& params, int device, cudaStr
       int64_t{shape.seq_k} * shape.head_dim * 4 / (shape.heads / shape.heads_k);
   BackwardDqArguments args{.params = params,
                            .order = make_block_order(blocks, 0, shape.batch * shape.heads,
-                                                     head_bytes, backward_section_bytes(shape))};
+                                                     head_bytes,
+                                                     backward_section_bytes(shape, kHeadDim))};
   TensorMapEncoder<Element> encode;
   encode(&args.q, shape.q, query_shape(shape), kWarpgroupRows);
   encode(&args.dout, params.dout, query_shape(shape), kWarpgroupRows);
@@ -102,52 +102,23 @@ cudaError_t launch_backward_finish_dq(const BackwardParams& params, cudaStream_t
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t launch_backward_fused(const BackwardParams& params, const DeviceInfo& device,
-                                  cudaStream_t stream) {
-  if constexpr (kLoaderComputesDq) {
-    using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask, false>;
-    constexpr auto* kKernel = &backward_fused_dq_loader_kernel<Element, kHeadDim, kMask, false>;
-    return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
-  } else if constexpr (has_dq_warpgroup(kHeadDim)) {
+cudaError_t launch_backward_fused(const BackwardParams& params, int device, cudaStream_t stream) {
+  if constexpr (has_dq_warpgroup(kHeadDim)) {
     using Kernel = BackwardFusedDqWarpgroupKernel<Element, kHeadDim, kMask>;
     constexpr auto* kKernel = &backward_fused_dq_warpgroup_kernel<Element, kHeadDim, kMask>;
-    return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
+    return launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(params, device, stream);
   } else {
     using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
     constexpr auto* kKernel = &backward_fused_kernel<Element, kHeadDim, kMask>;
-    return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
+    return launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(params, device, stream);
   }
-}
-
-// Whole heads are equal work, but few: nine tenths of the multiprocessors should be busy.
-inline bool takes_whole_heads(const ForwardParams& shape, const DeviceInfo& device) {
-  const int heads = shape.batch * shape.heads_k;
-  const int rounds = (heads + device.multiprocessors - 1) / device.multiprocessors;
-  return heads * 10 >= rounds * device.multiprocessors * 9;
-}
-
-template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t run_backward_whole_heads(const BackwardParams& params, const DeviceInfo& device,
-                                     cudaStream_t stream) {
-  BackwardParams statistics = params;
-  statistics.dq_accumulator = nullptr;  // needs no clearing
-  const cudaError_t error = launch_backward_prep<Element, kHeadDim>(statistics, stream);
-  if (error != cudaSuccess) return error;
-  using Kernel = BackwardFusedDqLoaderKernel<Element, kHeadDim, kMask, true>;
-  constexpr auto* kKernel = &backward_fused_dq_loader_kernel<Element, kHeadDim, kMask, true>;
-  return launch_backward_keys<Element, Kernel, kKernel>(params, device, stream);
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
-  DeviceInfo device;
-  cudaError_t error = current_device(&device);
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  if constexpr (kWholeHeads && has_fused_backward(kHeadDim)) {
-    if (params.dq_accumulator != nullptr && takes_whole_heads(params.forward, device)) {
-      return run_backward_whole_heads<Element, kHeadDim, kMask>(params, device, stream);
-    }
-  }
   error = launch_backward_prep<Element, kHeadDim>(params, stream);
   if (error != cudaSuccess) return error;
   if constexpr (has_fused_backward(kHeadDim)) {
@@ -158,10 +129,10 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
     }
   }
   using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_dkdv_tile(kHeadDim)>;
-  error = launch_backward_keys<Element, Kernel, &backward_dkdv_kernel<Element, kHeadDim, kMask>>(
-      params, device, stream);
+  constexpr auto* kKernel = &backward_dkdv_kernel<Element, kHeadDim, kMask>;
+  error = launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(params, device, stream);
   if (error != cudaSuccess) return error;
-  return launch_backward_dq<Element, kHeadDim, kMask>(params, device.ordinal, stream);
+  return launch_backward_dq<Element, kHeadDim, kMask>(params, device, stream);
 }
 
 }  // namespace eqx_flash

@@ -9,21 +9,6 @@ namespace eqx_flash {
 inline constexpr int kMaxSharedMemory = 232448;  // a block's limit on sm_90, bytes
 inline constexpr int kWarpgroupRows = 64;        // rows of one wgmma
 
-// Variants for benchmarks/tune.py: right on the emulator, not yet timed on a GPU.
-
-// Forward, bf16: no search for the maximum of each block of scores (lazy_softmax.cuh).
-inline constexpr bool kLazyMaximum = false;
-// Fast backward: dQ's warpgroup loads, too, at both head dims (backward_fused_dq_loader.cuh).
-inline constexpr bool kLoaderComputesDq = false;
-// The same with a thread block on each multiprocessor that takes one block of keys after the other.
-inline constexpr bool kPersistentBackward = false;
-// The same, too: where there are enough heads, a thread block takes all key blocks of one, and dQ
-// needs neither atomic additions nor kernels around it.
-inline constexpr bool kWholeHeads = false;
-// Backward without a mask: the key blocks of a head that run side by side read the same queries,
-// and add to the same rows of dQ, at the same moments, unless each begins at another query.
-inline constexpr bool kRotateQueries = false;
-
 struct ForwardTile {
   int consumer_warpgroups;  // each owns 64 query rows
   int block_n;              // keys per step
@@ -128,10 +113,6 @@ constexpr bool has_fused_backward(int head_dim) { return head_dim <= 128; }
 constexpr bool has_dq_warpgroup(int head_dim) { return head_dim <= 64; }
 
 constexpr BackwardTile backward_fused_tile(int head_dim) {
-  if (kLoaderComputesDq) {
-    // dS, which frees a stage, comes late in a step: two stages would leave no time to load.
-    return {.block_m = 64, .block_n = 128, .k_stages = 3, .v_stages = 3};
-  }
   switch (head_dim) {
     case 64:
       // 128 queries a step would not leave registers for S and dP (C7512). The third stage covers

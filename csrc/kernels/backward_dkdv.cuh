@@ -23,7 +23,6 @@ struct BackwardDkdvArguments {
   CUtensorMap q, dout, k, v, dk, dv;
   BackwardParams params;
   BlockOrder order;
-  CUtensorMap dq;  // where a thread block takes whole heads
 };
 
 template <typename Element, int kHeadDim, Mask kMask, BackwardTile kTile_>
@@ -33,13 +32,14 @@ struct BackwardDkdvKernel {
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kKeySlabs = kBlockN / kWarpgroupRows;
   static constexpr int kThreads = kBackwardThreads;
-  static constexpr bool kPersistent = false;
-  static constexpr bool kTakesWholeHeads = false;
-  static constexpr bool kRotates = kRotateQueries && kMask == Mask::kFull;
   static constexpr int kConsumerThreads = 2 * sm90::kWarpgroup;
   // Two slabs: each warpgroup computes dK and dV of its own 64 keys. One slab: the accumulators
   // are too large for that, and one warpgroup computes dV, the other dK.
   static constexpr bool kSplitOutputs = kKeySlabs == 1;
+  // Without a mask the blocks of keys that run side by side would read the same queries at the same
+  // moments, unless each begins at another one. At head dim 256, where L2 is what limits this, that
+  // is worth 7 to 11 % on long sequences; the fused kernels lose by it.
+  static constexpr bool kRotates = kSplitOutputs && kMask == Mask::kFull;
   using QueryTile = sm90::SmemTile<kBlockM, kHeadDim>;       // of Q, or of dO
   using KeySlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // 64 keys of K, V, dK, or dV
   using ScoreTile = sm90::SmemTile<kBlockM, kBlockN>;        // dS of the fused kernels
@@ -98,9 +98,9 @@ struct BackwardDkdvKernel {
 
     EQX_DEVICE int rotated(int m_block) const { return (m_block + n_block) % queries.end; }
   };
-  EQX_DEVICE static Block block(const BackwardDkdvArguments& args, int index = blockIdx.x) {
+  EQX_DEVICE static Block block(const BackwardDkdvArguments& args) {
     const ForwardParams& shape = args.params.forward;
-    const RankedHead place = args.order.place(index);
+    const RankedHead place = args.order.place(blockIdx.x);
     Block block;
     block.n_block = sm90::warp_uniform(place.rank);  // causal: the first keys are seen by most
     block.batch = place.batch_head / shape.heads_k;
@@ -168,10 +168,7 @@ struct BackwardDkdvKernel {
     float scale_log2 = args.params.forward.softmax_scale * 1.44269504f;
 
     EQX_DEVICE Consumer(const BackwardDkdvArguments& args_, const Smem& smem_, int key_slab_)
-        : Consumer(args_, smem_, key_slab_, block(args_)) {}
-    EQX_DEVICE Consumer(const BackwardDkdvArguments& args_, const Smem& smem_, int key_slab_,
-                        const Block& at_)
-        : args(args_), smem(smem_), at(at_), key_slab(key_slab_) {
+        : args(args_), smem(smem_), at(block(args_)), key_slab(key_slab_) {
       asm volatile("mov.b32 %0, %0;" : "+f"(scale_log2));  // a vector register: operand reuse
     }
     // This thread is done with a stage. Every lane arrives for itself, since each has read some of

@@ -49,8 +49,7 @@ struct BackwardFusedKernel
     for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
       const int64_t batch_head = int64_t{at.batch} * shape.heads + head;
 #pragma unroll 1
-      for (int i = at.queries.first; i < at.queries.end; ++i) {
-        const int m_block = Base::kRotates ? at.rotated(i) : i;
+      for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
         for (int part = 0; part < 2; ++part) {
           // The warpgroup has staged its part.
           sm90::named_barrier_sync(sm90::NamedBarrier::kDqFull, part, kReducerBarrierThreads);

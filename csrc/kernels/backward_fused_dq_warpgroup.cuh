@@ -28,7 +28,6 @@ struct BackwardFusedDqWarpgroupKernel
   static constexpr int kDqRegisters = 72;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters + kDqRegisters <= 512);
   static_assert(!Base::kSplitOutputs);
-  static_assert(!Base::kRotates, "dQ's warpgroup takes the blocks as they lie in the accumulator");
 
   struct Smem : Base::Smem {
     static constexpr uint32_t kDs = (Base::Smem::kEnd + 1023) / 1024 * 1024;

@@ -8,29 +8,21 @@
 
 namespace eqx_flash {
 
-// Writes accumulator * factor to kCols columns of the slab as 16-bit rows. All four warps take
-// part.
-template <typename Element, typename Slab, int kCols>
-EQX_DEVICE void write_output_columns(uint32_t slab, int first_col, const float (&acc)[kCols / 2],
-                                     const float (&factor)[2], int thread) {
+// Writes accumulator * factor to the slab as 16-bit rows. All four warps take part.
+template <typename Element, typename Slab>
+EQX_DEVICE void write_output_slab(uint32_t slab, const float (&acc)[Slab::kCols / 2],
+                                  const float (&factor)[2], int thread) {
   const int lane = thread % sm90::kWarp;
   const int row = (thread / sm90::kWarp) * 16 + lane % 16;
 #pragma unroll
-  for (int k = 0; k < kCols / 16; ++k) {
+  for (int k = 0; k < Slab::kCols / 16; ++k) {
     const float* o = acc + 8 * k;
-    sm90::store_matrix_x4(slab + Slab::piece_offset(row, first_col / 8 + 2 * k + lane / 16),
+    sm90::store_matrix_x4(slab + Slab::piece_offset(row, 2 * k + lane / 16),
                           sm90::pack<Element>(o[0] * factor[0], o[1] * factor[0]),
                           sm90::pack<Element>(o[2] * factor[1], o[3] * factor[1]),
                           sm90::pack<Element>(o[4] * factor[0], o[5] * factor[0]),
                           sm90::pack<Element>(o[6] * factor[1], o[7] * factor[1]));
   }
-}
-
-// The same of all columns.
-template <typename Element, typename Slab>
-EQX_DEVICE void write_output_slab(uint32_t slab, const float (&acc)[Slab::kCols / 2],
-                                  const float (&factor)[2], int thread) {
-  write_output_columns<Element, Slab, Slab::kCols>(slab, 0, acc, factor, thread);
   sm90::fence_async_proxy();  // a barrier must follow before the store
 }
 

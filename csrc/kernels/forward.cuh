@@ -40,12 +40,10 @@ struct ForwardKernel {
   static constexpr int kQBuffers = kTile.q_buffers;
   static constexpr bool kOwnOutput = kTile.own_output_buffer;
   static constexpr bool kRegisterQ = kTile.query_in_registers;
-  // Taking turns is worth 9 % at head dim 64. At 128 and 256 the warpgroups settle by themselves.
-  static constexpr bool kTurns = true;
   // Equal tiles are dealt out in turn; causal ones, of unequal length, go to whoever is free.
   static constexpr bool kDynamicTiles = kMask == Mask::kCausal;
   // Probabilities far above 1 need bf16's range.
-  static constexpr bool kLazy = kLazyMaximum && std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr bool kLazy = std::is_same_v<Element, __nv_bfloat16>;
   static_assert(kOwnOutput || kQBuffers == 1, "O leaves through Q's only buffer");
   static_assert(kOwnOutput || !kRegisterQ, "Q's buffer is released before O needs it");
 
@@ -169,12 +167,11 @@ struct ForwardKernel {
     LazySoftmax<kBlockN> softmax(params.softmax_scale * 1.44269504f);
     KeyCursor at;  // of K; V is one block behind
 
+    // Taking turns is worth 9 % at head dim 64. At 128 and 256 warpgroups settle by themselves.
     auto wait_turn = [&] {  // until the previous warpgroup has issued its products
-      if constexpr (!kTurns) return;
       sm90::named_barrier_sync(sm90::NamedBarrier::kTurn, warpgroup, 2 * sm90::kWarpgroup);
     };
     auto pass_turn = [&] {
-      if constexpr (!kTurns) return;
       sm90::named_barrier_arrive(sm90::NamedBarrier::kTurn, next_warpgroup, 2 * sm90::kWarpgroup);
     };
     auto load_query_fragments = [&](QCursor q_at) {

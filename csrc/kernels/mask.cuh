@@ -32,7 +32,9 @@ EQX_DEVICE KeyBlocks key_blocks(int m_block, int seq_k, int diagonal) {
 template <Mask kMask, int kBlockN>
 EQX_DEVICE void apply_mask(float (&scores)[kBlockN / 2], int row, int n_block, int seq_k,
                            int diagonal) {
-  const int first_col = n_block * kBlockN + sm90::accumulator_col(threadIdx.x);
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // else the column would take a register of the main loop
+  const int first_col = n_block * kBlockN + sm90::accumulator_col(thread);
   int visible[2];  // of this thread's two rows: columns left to see, counted from its first one
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
