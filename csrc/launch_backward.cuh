@@ -16,26 +16,11 @@
 
 namespace eqx_flash {
 
-// Causal blocks are of unequal length: mixing the heads of a section levels them. Bytes of what the
-// heads of a section read; those of all that they touch should stay in L2. With few keys, or at head
-// dim 64, blocks are short and heads many: less mixing levels them as well.
-inline constexpr int64_t kBackwardSectionBytes = 16 << 20;
-inline constexpr int64_t kShortBackwardSectionBytes = 4 << 20;
-inline int64_t backward_section_bytes(const ForwardParams& shape, int tile_head_dim) {
-  if (shape.mask == Mask::kFull) return 0;
-  const bool is_short = shape.seq_k < 2048 || tile_head_dim <= 64;
-  return is_short ? kShortBackwardSectionBytes : kBackwardSectionBytes;
-}
-
 template <typename Element, int kHeadDim>
 cudaError_t launch_backward_prep(const BackwardParams& params, cudaStream_t stream) {
   constexpr int kLanes = kHeadDim / 8;
-  constexpr int kThreads = 256;
-  const ForwardParams& shape = params.forward;
-  const int64_t rows = int64_t{shape.batch} * params.padded_seq_q * shape.heads;
-  const int64_t grid = (rows * kLanes + kThreads - 1) / kThreads;
-  backward_prep_kernel<Element, kLanes>
-      <<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(params);
+  backward_prep_kernel<Element, kLanes><<<static_cast<unsigned>(PrepTile<kLanes>::blocks(params)),
+                                          PrepTile<kLanes>::kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -47,10 +32,10 @@ cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaS
   // Q and dO of the heads that share a key head, 16-bit.
   const int64_t head_bytes =
       int64_t{shape.seq_q} * shape.head_dim * 4 * (shape.heads / shape.heads_k);
-  BackwardDkdvArguments args{.params = params,
-                             .order = make_block_order(blocks, 0, shape.batch * shape.heads_k,
-                                                       head_bytes,
-                                                       backward_section_bytes(shape, kHeadDim))};
+  BackwardDkdvArguments args{
+      .params = params,
+      .order = make_block_order(blocks, 0, shape.batch * shape.heads_k, head_bytes,
+                                backward_section_bytes(kHeadDim, shape.mask, shape.seq_k))};
   TensorMapEncoder<Element> encode;
   encode(&args.q, shape.q, query_shape(shape), Kernel::kBlockM);
   encode(&args.dout, params.dout, query_shape(shape), Kernel::kBlockM);
@@ -74,10 +59,10 @@ cudaError_t launch_backward_dq(const BackwardParams& params, int device, cudaStr
   // K and V, 16-bit, shared by a group of query heads.
   const int64_t head_bytes =
       int64_t{shape.seq_k} * shape.head_dim * 4 / (shape.heads / shape.heads_k);
-  BackwardDqArguments args{.params = params,
-                           .order = make_block_order(blocks, 0, shape.batch * shape.heads,
-                                                     head_bytes,
-                                                     backward_section_bytes(shape, kHeadDim))};
+  BackwardDqArguments args{
+      .params = params,
+      .order = make_block_order(blocks, 0, shape.batch * shape.heads, head_bytes,
+                                backward_section_bytes(kHeadDim, shape.mask, shape.seq_k))};
   TensorMapEncoder<Element> encode;
   encode(&args.q, shape.q, query_shape(shape), kWarpgroupRows);
   encode(&args.dout, params.dout, query_shape(shape), kWarpgroupRows);
@@ -115,7 +100,11 @@ cudaError_t launch_backward_fused(const BackwardParams& params, int device, cuda
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t run_backward(const BackwardParams& given, cudaStream_t stream) {
+  BackwardParams params = given;
+  if (!prefers_fused_backward(kHeadDim, kMask, params.forward.seq_k)) {
+    params.dq_accumulator = nullptr;
+  }
   int device;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;

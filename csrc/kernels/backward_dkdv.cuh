@@ -202,7 +202,7 @@ struct BackwardDkdvKernel {
       }
       sm90::pin(rdP);
     }
-    // dP^T - delta + dlse = V dO^T + (dlse - delta)
+    // dP^T - delta + dlse = V dO^T + (dlse - delta), if dP has been initialised
     EQX_DEVICE void start_dp(float (&rdP)[kBlockM / 2], Cursor cursor) const {
       const auto v = KeySlab::k_major(smem.v + key_slab * KeySlab::kBytes);
       const auto dout = QueryTile::k_major(smem.dout.buffer(0)) + cursor.stage * QueryTile::kBytes;
@@ -253,6 +253,21 @@ struct BackwardDkdvKernel {
 #pragma unroll
       for (int i = 0; i < kBlockM / 4; ++i) {
         packed[i] = sm90::pack<Element>(x[2 * i] * y[2 * i], x[2 * i + 1] * y[2 * i + 1]);
+      }
+    }
+    // dS^T = P^T * (dP^T - delta + dlse), if dP has not been initialised
+    EQX_DEVICE void pack_ds(uint32_t (&packed)[kBlockM / 4], const float (&p)[kBlockM / 2],
+                            const float (&dp)[kBlockM / 2], Cursor cursor) const {
+      const uint32_t stats = smem.dlse_minus_delta + cursor.stage * Smem::kStatBytes +
+                             sm90::accumulator_col(thread) * 4;
+#pragma unroll
+      for (int j = 0; j < kBlockM / 8; ++j) {
+        const float2 start = sm90::load_shared_pair(stats + j * 32);
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; i += 2) {
+          packed[i / 2] =
+              sm90::pack<Element>(p[i] * (dp[i] + start.x), p[i + 1] * (dp[i + 1] + start.y));
+        }
       }
     }
     // dS^T in registers -> dS in shared memory; this warpgroup's keys are one slab of columns.

@@ -27,6 +27,9 @@ struct BackwardDqKernel {
   static constexpr BackwardTile kTile = backward_dq_tile(kHeadDim);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
+  // Without a mask the blocks of queries that run side by side would read the same keys at the same
+  // moments, unless each begins at another one: 2 to 5 % at head dims 128 and 256.
+  static constexpr bool kRotates = kMask == Mask::kFull;
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   static constexpr int kConsumerWarps = 4 * kConsumers;
   using QSlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // one warpgroup's rows of Q, dO, or dQ
@@ -69,6 +72,11 @@ struct BackwardDqKernel {
     int head;
     int batch;
     KeyBlocks keys;
+
+    // Steps count down.
+    EQX_DEVICE int n_block(int step) const {
+      return kRotates ? (step + m_block) % keys.count : step;
+    }
   };
   EQX_DEVICE static Block block(const BackwardDqArguments& args) {
     const ForwardParams& shape = args.params.forward;
@@ -115,7 +123,8 @@ struct BackwardDqKernel {
     KCursor k_at;
     VCursor v_at;
 #pragma unroll 1
-    for (int n_block = at.keys.count - 1; n_block >= 0; --n_block) {
+    for (int step = at.keys.count - 1; step >= 0; --step) {
+      const int n_block = at.n_block(step);
       load_keys(args.k, smem.k, k_at, n_block);
       load_keys(args.v, smem.v, v_at, n_block);
     }
@@ -205,7 +214,8 @@ struct BackwardDqKernel {
     };
 
     smem.queries_full.wait(0);  // Q and dO have landed
-    int n_block = count - 1;
+    int step = count - 1;
+    int n_block = at.n_block(step);
     start_scores();
     start_dp();
     sm90::wgmma_wait<1>();  // S
@@ -215,8 +225,9 @@ struct BackwardDqKernel {
     // Step n: S(n), then dQ += dS(n+1) K(n+1), then dP(n) run on the tensor cores one after the
     // other; the exponentials of step n hide behind the last two.
 #pragma unroll 1
-    while (n_block > 0) {
-      --n_block;
+    while (step > 0) {
+      --step;
+      n_block = kRotates ? (n_block == 0 ? count - 1 : n_block - 1) : step;
       const KCursor previous = k_at;
       k_at.advance();
       start_scores();

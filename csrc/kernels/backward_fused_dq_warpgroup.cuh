@@ -24,7 +24,7 @@ struct BackwardFusedDqWarpgroupKernel
   using ScoreCursor = sm90::Cursor<kScoreStages>;
   static constexpr int kThreads = 4 * sm90::kWarpgroup;
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 208;  // S, dP, P, dS, dK, dV, K and V: 192
+  static constexpr int kConsumerRegisters = 208;  // S, dP, P, dS, dK, dV and V: 176
   static constexpr int kDqRegisters = 72;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters + kDqRegisters <= 512);
   static_assert(!Base::kSplitOutputs);
@@ -99,7 +99,8 @@ struct BackwardFusedDqWarpgroupKernel
     const uint32_t slab = warpgroup * KeySlab::kBytes;
     float rS[kBlockM / 2], rdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
-    uint32_t rK[kHeadDim / 4], rV[kHeadDim / 4];  // for good: shared memory is what limits this
+    // V for good, since shared memory is what limits this; there is no room for K, too.
+    uint32_t rV[kHeadDim / 4];
     float rdK[kHeadDim / 2], rdV[kHeadDim / 2];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.f;
@@ -107,18 +108,11 @@ struct BackwardFusedDqWarpgroupKernel
     ScoreCursor ds_cursor;
     int m_block = me.at.queries.first;
 
-    auto start_scores = [&] {  // S^T = K Q^T
-      const auto q = QueryTile::k_major(smem.q.buffer(0)) + cursor.stage * QueryTile::kBytes;
-      smem.q.wait_full(cursor);  // Q and LSE have landed
-      sm90::wgmma_fence();
-      sm90::mma_registers_k_major<Element, QueryTile>(rS, rK, q);
-      sm90::wgmma_commit();
-    };
-    auto start_dp = [&] {  // dP^T - delta + dlse = V dO^T + (dlse - delta)
+    auto start_dp = [&] {  // dP^T = V dO^T
       const auto dout = QueryTile::k_major(smem.dout.buffer(0)) + cursor.stage * QueryTile::kBytes;
-      me.init_dp(rdP, cursor);
+      smem.dout.wait_full(cursor);  // dO and delta have landed
       sm90::wgmma_fence();
-      sm90::mma_registers_k_major<Element, QueryTile, true>(rdP, rV, dout);
+      sm90::mma_registers_k_major<Element, QueryTile>(rdP, rV, dout);
       sm90::wgmma_commit();
     };
     auto start_dk = [&](Cursor at) {  // dK += dS^T Q
@@ -130,16 +124,13 @@ struct BackwardFusedDqWarpgroupKernel
       sm90::pin(rdK);
       me.release(smem.q, at);  // the producer may refill Q
     };
-    // dP, then dV: P is packed beside the first, dS computed and handed over beside the second.
-    auto finish_scores = [&] {
-      start_dp();
+    // dV, beside which dS is computed and handed over.
+    auto finish_step = [&] {
       Consumer::pack(rP, rS);
       me.multiply(rdV, rP, smem.dout, cursor);  // dV += P^T dO
       sm90::wgmma_commit();
-      sm90::wgmma_wait<1>();  // dP
-      sm90::pin(rdP);
       sm90::pin(rS);
-      Consumer::pack_product(rdS, rS, rdP);
+      me.pack_ds(rdS, rS, rdP, cursor);
       smem.ds.wait_empty(ds_cursor);  // dQ has read the dS before the last
       me.store_ds(smem.ds.buffer(ds_cursor.stage), rdS);
       smem.ds.full(ds_cursor.stage).arrive();  // dQ may have this one
@@ -150,26 +141,32 @@ struct BackwardFusedDqWarpgroupKernel
     };
 
     smem.keys_full.wait(0);  // K and V have landed
-    sm90::load_operand<KeySlab>(rK, smem.k + slab, me.thread);
     sm90::load_operand<KeySlab>(rV, smem.v + slab, me.thread);
     if (me.at.steps > 0) {
-      start_scores();
-      sm90::wgmma_wait<0>();
+      me.start_scores(rS, cursor);
+      start_dp();
+      sm90::wgmma_wait<1>();  // S
       me.probabilities(rS, cursor, m_block);
-      finish_scores();
-      // Step i: S(i), then dK(i-1), which runs beside the exponentials; what else this warpgroup
-      // leaves idle, the other one uses, half a step away.
+      sm90::wgmma_wait<0>();  // dP
+      sm90::pin(rdP);
+      finish_step();
+      // Step i: S(i), dP(i) and dK(i-1) run on the tensor cores one after the other; the
+      // exponentials hide behind the last two. What else this warpgroup leaves idle, the other one
+      // uses, half a step away. dP starts at zero: to initialise it while S is in flight, ptxas
+      // would wait for S.
 #pragma unroll 1
       for (int step = 1; step < me.at.steps; ++step) {
         const Cursor previous = cursor;
         cursor.advance();
         m_block = me.next_query_block(m_block);
-        start_scores();
+        me.start_scores(rS, cursor);
+        start_dp();
         start_dk(previous);
-        sm90::wgmma_wait<1>();  // S(i)
+        sm90::wgmma_wait<2>();  // S(i)
         me.probabilities(rS, cursor, m_block);
-        finish_dk(previous);
-        finish_scores();
+        finish_dk(previous);  // and dP(i) with it
+        sm90::pin(rdP);
+        finish_step();
       }
       start_dk(cursor);
       finish_dk(cursor);

@@ -36,9 +36,10 @@ __global__ void __launch_bounds__(kFinishDqThreads<kHeadDim>)
   constexpr int kGroups = Parts::kCols / 8;
   const ForwardParams& shape = params.forward;
   const int m_blocks = (shape.seq_q + Parts::kBlockM - 1) / Parts::kBlockM;
-  const int part = blockIdx.x % 2;
-  const int batch_head = blockIdx.x / 2 / m_blocks;
-  const int m_block = blockIdx.x / 2 - batch_head * m_blocks;
+  const int index = gridDim.x - 1 - blockIdx.x;  // from the end, which is still in L2
+  const int part = index % 2;
+  const int batch_head = index / 2 / m_blocks;
+  const int m_block = index / 2 - batch_head * m_blocks;
   const int batch = batch_head / shape.heads;
   const int head = batch_head - batch * shape.heads;
   const int group = threadIdx.x % kGroups;

@@ -59,11 +59,6 @@ inline BlockOrder make_block_order(int blocks, int tail_blocks, int batch_heads,
   return order;
 }
 
-// What the heads of a section may read together, bytes of the H100's 50 MB of L2, measured best
-// with a causal mask; below 2k keys the second.
-inline constexpr int64_t kForwardSectionBytes = 40 << 20;
-inline constexpr int64_t kShortForwardSectionBytes = 16 << 20;
-
 // Query blocks of the forward pass.
 inline BlockOrder make_forward_order(const ForwardParams& params, int block_m) {
   const bool causal = params.mask == Mask::kCausal;
@@ -73,12 +68,8 @@ inline BlockOrder make_forward_order(const ForwardParams& params, int block_m) {
   // K and V, 16-bit, shared by a group of query heads.
   const int64_t head_bytes =
       int64_t{params.seq_k} * params.head_dim * 4 / (params.heads / params.heads_k);
-  // Full: equal blocks need no mixing of heads, and one head at a time reuses its K and V best.
-  const int64_t causal_section_bytes =
-      params.seq_k < 2048 ? kShortForwardSectionBytes : kForwardSectionBytes;
-  const int64_t section_bytes = causal ? causal_section_bytes : 0;
   return make_block_order(blocks, tail_blocks, params.batch * params.heads, head_bytes,
-                          section_bytes);
+                          forward_section_bytes(params.mask, params.seq_k));
 }
 
 struct WorkTile {
