@@ -42,7 +42,7 @@ struct PrepTile {
 };
 
 template <typename Element, int kLanes>
-__global__ void __launch_bounds__(PrepTile<kLanes>::kThreads, 7)
+__global__ void __launch_bounds__(PrepTile<kLanes>::kThreads, 6)
     backward_prep_kernel(const BackwardParams params) {
   using Tile = PrepTile<kLanes>;
   sm90::let_next_kernel_start();
