@@ -22,7 +22,7 @@ struct LazySoftmax : OnlineSoftmax<kCols> {
   using Base::scale_log2;
   // Far above a million keys of the reference's size, far below what overflows.
   static constexpr float kLimit = 1 << 30;
-  // Four lanes add up a row's sum, and this holds two rows of a lane.
+  // Four lanes add up a row's sum.
   static constexpr float kLargest = FLT_MAX / 8;
   float previous_sum[2];
 
@@ -35,9 +35,10 @@ struct LazySoftmax : OnlineSoftmax<kCols> {
     Base::template exponentiate<r, false>(scores);
   }
 
-  // Whether a row of this warp has passed the limit, or overflowed, or met a NaN.
+  // Whether a row of this warp has passed the limit. A NaN has not: nothing mends it, and the other
+  // rows should not notice it.
   EQX_DEVICE bool any_row_above(float limit) const {
-    return __any_sync(sm90::kAllLanes, !(row_sum[0] + row_sum[1] <= limit));
+    return __any_sync(sm90::kAllLanes, fmaxf(row_sum[0], row_sum[1]) > limit);
   }
 
   // Moves the reference of rows above the limit to where their sum is 1. `rescale` is what the
