@@ -71,8 +71,11 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--budget", type=float, default=1e9, help="seconds, then stop early")
     run.add_argument("--check-timeout", type=float, default=40, help="seconds for one library")
     run.add_argument("--check-jobs", type=int, default=8)
-    run.add_argument("--unchecked", action="store_true",
-                     help="only compare variants with each other, in the shapes that are timed")
+    run.add_argument(
+        "--unchecked",
+        action="store_true",
+        help="only compare variants with each other, in the shapes that are timed",
+    )
     run.add_argument("--commit", help="of the installed package")
     return parser.parse_args()
 

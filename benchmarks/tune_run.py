@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import statistics
 import sys
 import tempfile
@@ -120,9 +121,9 @@ def time_in_turns(
         measure(2)
         calls[name] = min(400, max(3, round(batch / max(measure(3), 1e-6))))
     seconds: dict[str, list[float]] = {name: [] for name in measurements}
-    names = list(measurements)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(measurements), len(measurements)):
             watchdog.begin(f"{name} in {where}")
             seconds[name].append(measurements[name](calls[name]))
     return seconds
@@ -165,22 +166,25 @@ def differences(
 
 
 def peer_measurements(cell: Cell, programs: dict, arrays: Arrays) -> dict[str, Measurement]:
-    """Nobody's backward pass can be called by itself: it is both passes less the forward."""
+    """As XLA runs them, which takes a little longer than launches alone."""
     shape = cell.shape
     q, k, v, dout = (jnp.asarray(arrays[x].reshape(shape.array)) for x in ("q", "k", "v", "dout"))
-    forwards = programs.get((shape, "fwd"), {})
-    boths = programs.get((shape, "bwd"), {})
-
-    def forward(calls: int, name: str) -> float:
-        return bench.batch_seconds(forwards[name], (q, k, v), calls) / calls
-
-    def backward(calls: int, name: str) -> float:
-        both = bench.batch_seconds(boths[name], (q, k, v, dout), calls) / calls
-        return both - forward(calls, name)
-
+    of = {pass_: programs.get((shape, pass_), {}) for pass_ in ("fwd", "saving", "bwd")}
     if cell.pass_ == "forward":
-        return {name: functools.partial(forward, name=name) for name in forwards}
-    return {name: functools.partial(backward, name=name) for name in boths if name in forwards}
+        runs = {name: (program, (q, k, v)) for name, program in of["fwd"].items()}
+    else:
+        runs = {
+            name: (program, (of["saving"][name](q, k, v), dout))
+            for name, program in of["bwd"].items()
+        }
+
+    def measure(calls: int, program: Callable, operands: tuple) -> float:
+        return bench.batch_seconds(program, operands, calls) / calls
+
+    return {
+        name: functools.partial(measure, program=program, operands=operands)
+        for name, (program, operands) in runs.items()
+    }
 
 
 # ---- All of it -----------------------------------------------------------------------------------

@@ -107,8 +107,7 @@ def test_flops(bench):
 def toy_bench(bench, monkeypatch, tmp_path):
     """With plain attention as each implementation, one that is absent, and tiny shapes.
 
-    Calls are made, but take as long as they have operands, since a toy's passes differ by less than
-    a busy machine's noise.
+    Calls are made, but take as long as they have operands: a busy machine's clock is of no use.
     """
 
     def plain(causal):
@@ -151,18 +150,7 @@ def test_whole_run(toy_bench, tmp_path, capsys):
     )
     assert all(r["max_difference_to_ours"] in (0, None) for r in rows)
     milliseconds = {r["pass"]: r["median_ms"] for r in rows if r["implementation"] == "cudnn"}
-    assert milliseconds == pytest.approx({"fwd": 0.3, "bwd": 0.4 - 0.3})
-
-
-def test_backward_time_that_is_noise(toy_bench, monkeypatch, tmp_path, capsys):
-    """A backward pass that seems to take no time is no figure, and does not cost the others."""
-    monkeypatch.setattr(toy_bench, "batch_seconds", lambda program, operands, calls: calls * 1e-4)
-    toy_bench.main()
-    printed = capsys.readouterr().out
-    assert (
-        "eqx_flash d64-causal-32 bwd on peaky data left out: both passes took no longer" in printed
-    )
-    assert {r["pass"] for r in json.loads((tmp_path / "bench.json").read_text())["rows"]} == {"fwd"}
+    assert milliseconds == pytest.approx({"fwd": 0.3, "bwd": 0.2})
 
 
 # ---- Training steps ------------------------------------------------------------------------------
@@ -349,8 +337,10 @@ def test_variants_compile(tune_build, tmp_path):
     assert all((tmp_path / entry["library"]).exists() for entry in entries)
     first, second = entries
     assert not first["problems"] and second["problems"]
-    (loop,) = first["functions"][0]["loops"]
-    assert loop["mma"] == sum(int(n) for n in re.findall(r"(\d+)mma", loop["order"]))
+    loops = first["functions"][0]["loops"]
+    assert len(loops) == 2  # with and without the search for the maximum
+    for loop in loops:
+        assert loop["mma"] == sum(int(n) for n in re.findall(r"(\d+)mma", loop["order"]))
     assert len(tune_build.table(entries).splitlines()) >= 3
 
 
