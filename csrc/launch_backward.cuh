@@ -4,8 +4,6 @@
 // the tail of the one before it.
 #pragma once
 
-#include <algorithm>
-
 #include "dispatch.h"
 #include "kernels/backward_dkdv.cuh"
 #include "kernels/backward_dq.cuh"

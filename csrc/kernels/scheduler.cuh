@@ -8,6 +8,7 @@
 #include "kernels/mask.cuh"
 #include "params.h"
 #include "sm90/barrier.cuh"
+#include "tile_config.h"
 
 namespace eqx_flash {
 

@@ -43,18 +43,6 @@ EQX_DEVICE uint32_t pack<__half>(float low, float high) {
   return pair;
 }
 
-// Such a pair as two fp32 values, x the lower half.
-template <typename Element>
-EQX_DEVICE float2 unpack(uint32_t pair);
-template <>
-EQX_DEVICE float2 unpack<__nv_bfloat16>(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-template <>
-EQX_DEVICE float2 unpack<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
 // Adds four consecutive floats to global memory, without waiting.
 EQX_DEVICE void reduce_add_x4(float* destination, const float* values) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "f"(values[0]),

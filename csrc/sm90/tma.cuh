@@ -90,10 +90,6 @@ EQX_DEVICE void tma_store_wait_read() {
 // Makes this thread's ordinary shared-memory writes visible to TMA and wgmma. A barrier follows.
 EQX_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-EQX_DEVICE void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // ------------------------------------------------------------------------------------------- host
 
 struct TensorShape {  // [batch, seq, heads, head_dim], dense

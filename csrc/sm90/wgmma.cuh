@@ -66,14 +66,14 @@ EQX_DEVICE void mma_shared_k_major(float (&acc)[TileB::kRows / 2], Descriptor a,
   }
 }
 
-// The same with A in registers.
-template <typename Element, typename TileB, bool kAccumulate = false>
+// D = A B^T with A in registers.
+template <typename Element, typename TileB>
 EQX_DEVICE void mma_registers_k_major(float (&acc)[TileB::kRows / 2],
                                       const uint32_t (&a)[TileB::kCols / 4], Descriptor b) {
 #pragma unroll
   for (int k = 0; k < TileB::kCols / 16; ++k) {
     WgmmaAtom<Element, TileB::kRows, Major::kK>::registers(
-        acc, a + 4 * k, (b + TileB::k_major_step(k)).bits(), kAccumulate || k > 0);
+        acc, a + 4 * k, (b + TileB::k_major_step(k)).bits(), k > 0);
   }
 }
 

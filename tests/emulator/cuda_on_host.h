@@ -63,7 +63,6 @@ inline bool __any_sync(unsigned, bool predicate) {
 }
 inline float __log2f(float x) { return std::log2(x); }
 inline float __logf(float x) { return std::log(x); }
-inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 
 namespace emulator {
 

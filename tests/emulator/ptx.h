@@ -19,7 +19,6 @@ inline void createpolicy_fractional_L2_evict_last_b64(uint64_t& policy) { policy
 inline void griddepcontrol_launch_dependents() {}
 inline void griddepcontrol_wait() {}
 inline void mov_b32(float&, float) {}
-inline void prefetch_tensormap(const void*) {}
 inline void setmaxnreg_dec_sync_aligned_u32(int) {}
 inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 
