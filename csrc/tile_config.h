@@ -11,6 +11,10 @@ namespace eqx_flash {
 inline constexpr int kMaxSharedMemory = 232448;  // a block's limit on sm_90, bytes
 inline constexpr int kWarpgroupRows = 64;        // rows of one wgmma
 
+// A variant for benchmarks/tune.py: right on the emulator, not yet timed on a GPU. Forward, causal:
+// a warpgroup leaves out the last block of keys where only the rows of others see it.
+inline constexpr bool kSkipsUnseenBlock = false;
+
 struct ForwardTile {
   int consumer_warpgroups;  // each owns 64 query rows
   int block_n;              // keys per step

@@ -197,6 +197,19 @@ def test_scores_that_rise_within_a_tile(run, outcome_of):
     assert found.worst_error <= 1
 
 
+VARIANTS = [
+    Run("forward", head_dim, "causal", switches=("kSkipsUnseenBlock",)) for head_dim in (64, 256)
+]
+
+
+@pytest.mark.parametrize("run", VARIANTS, ids=str)
+def test_variant_computes_attention(run, outcome_of):
+    """What benchmarks/tune.py can turn on, before a GPU decides whether it is worth it."""
+    found = outcome_of(run)
+    assert not found.problem
+    assert found.worst_error <= 1
+
+
 # ---- The emulator --------------------------------------------------------------------------------
 
 FORWARD, DKDV, DQ = (f"kernels/{x}.cuh" for x in ("forward", "backward_dkdv", "backward_dq"))

@@ -44,6 +44,8 @@ struct ForwardKernel {
   static constexpr bool kDynamicTiles = kMask == Mask::kCausal;
   // Probabilities far above 1 need bf16's range.
   static constexpr bool kLazy = std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr bool kSkips = kSkipsUnseenBlock && kMask == Mask::kCausal;
+  static_assert(!kSkips || kBlockM - kWarpgroupRows <= kBlockN, "more than one block to skip");
   static_assert(kOwnOutput || kQBuffers == 1, "O leaves through Q's only buffer");
   static_assert(kOwnOutput || !kRegisterQ, "Q's buffer is released before O needs it");
 
@@ -251,6 +253,15 @@ struct ForwardKernel {
         apply_mask<kMask, kBlockN>(rS, first_row + sm90::accumulator_row(thread), n_block,
                                    params.seq_k, params.diagonal);
       };
+      const KeyCursor last_block = at;
+      const bool skips = kSkips && n_block > 0 &&
+                         first_row + kWarpgroupRows + params.diagonal <= n_block * kBlockN;
+      if (skips) {             // its K
+        smem.k.wait_full(at);  // the stage is no longer that of the block before it there
+        smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
+        at.advance();
+        --n_block;
+      }
       softmax.start();
 #pragma unroll
       for (float& o : rO) o = 0.f;
@@ -267,6 +278,12 @@ struct ForwardKernel {
       softmax.template update_max<1>(rS);
       softmax.template exponentiate<1>(rS);
       pack_probabilities();
+      if (skips) {  // its V, and its turn
+        smem.v.wait_full(last_block);
+        smem.v.empty(last_block.stage).arrive_if(elected);  // the producer may refill this V stage
+        wait_turn();
+        pass_turn();
+      }
 
       // Step n: S(n) and O += P(n+1) V(n+1) go to the tensor cores together; softmax(n) runs beside
       // the second. Where the wait for O stands decides 10 % of the speed: between the two rows'

@@ -37,6 +37,17 @@ def test_rows_without_visible_keys(head_dim, seq_q, seq_k):
 # ---- Scores --------------------------------------------------------------------------------------
 
 
+@each_head_dim
+@pytest.mark.parametrize("factor", [6.0, 30.0, 400.0])
+def test_scores_that_rise_within_a_tile(head_dim, factor):
+    """By a little, by more than 30 log2, by what overflows; not every block looks for a maximum."""
+    q, k, v = oracle.random_qkv("bfloat16", 2, 200, 1500, 2, 1, head_dim)
+    q = (q.astype(np.float32) * factor).astype(q.dtype)
+    for mask in ("full", "bottom_right"):
+        out, lse = oracle.flash(q, k, v, mask)
+        oracle.assert_close(q, k, v, out, lse, mask)
+
+
 @each_dtype
 @each_head_dim
 def test_one_hot(dtype, head_dim):
