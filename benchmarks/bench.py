@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -192,6 +192,13 @@ def batch_seconds(program: Callable, operands: tuple, calls: int) -> float:
     return time.perf_counter() - start
 
 
+def turns(names: Iterable[Any], rounds: int) -> Iterator[list[Any]]:
+    """All names in another order each round, since who runs after a hot program runs slower."""
+    names, order = list(names), random.Random(0)
+    for _ in range(rounds):
+        yield order.sample(names, len(names))
+
+
 def time_in_turns(
     runs: dict[Any, tuple[Callable, tuple]], rounds: int, batch: float
 ) -> dict[Any, tuple[list[float], int]]:
@@ -203,11 +210,21 @@ def time_in_turns(
         calls[name] = min(400, max(3, round(batch / estimate)))
         batch_seconds(program, operands, calls[name])  # warm: clocks, too
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
+    for names in turns(runs, rounds):
+        for name in names:
             seconds[name].append(batch_seconds(*runs[name], calls[name]) / calls[name])
     return {name: (seconds[name], calls[name]) for name in runs}
+
+
+Runs = dict[tuple[str, str], tuple[Callable, tuple]]  # pass, name: program, operands
+
+
+def runs_of(programs: dict[str, Programs], q, k, v, dout) -> Runs:
+    """What to time of each pass in `programs`; "bwd" needs "saving"."""
+    runs: Runs = {("fwd", name): (p, (q, k, v)) for name, p in programs.get("fwd", {}).items()}
+    for name, program in programs.get("bwd", {}).items():
+        runs["bwd", name] = program, (programs["saving"][name](q, k, v), dout)
+    return runs
 
 
 def measure_cell(
@@ -217,11 +234,7 @@ def measure_cell(
     """Of the passes in `programs`."""
     q, k, v, dout = (jax.random.normal(key, shape.array, jnp.bfloat16) for key in _keys(0, 4))
     q = q * jnp.asarray(QUERY_FACTOR[data], q.dtype)
-    runs: dict[Any, tuple[Callable, tuple]] = {
-        ("fwd", name): (program, (q, k, v)) for name, program in programs["fwd"].items()
-    }
-    for name, program in programs.get("bwd", {}).items():
-        runs["bwd", name] = program, (programs["saving"][name](q, k, v), dout)
+    runs = runs_of(programs, q, k, v, dout)
     differences = compare(runs)
     matmul, matrices, matmul_flops = reference
     runs["fwd", report.THERMOMETER] = matmul, matrices
@@ -245,7 +258,7 @@ def measure_cell(
     return rows
 
 
-def compare(runs: dict[Any, tuple[Callable, tuple]]) -> dict[Any, float]:
+def compare(runs: Runs) -> dict[tuple[str, str], float]:
     """The largest difference of each result from ours: a fast wrong answer should not pass."""
     results = {where: _output(program(*operands)) for where, (program, operands) in runs.items()}
     return {

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import pathlib
-import random
 import statistics
 import sys
 import tempfile
@@ -121,9 +120,8 @@ def time_in_turns(
         measure(2)
         calls[name] = min(400, max(3, round(batch / max(measure(3), 1e-6))))
     seconds: dict[str, list[float]] = {name: [] for name in measurements}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(measurements), len(measurements)):
+    for names in bench.turns(measurements, rounds):
+        for name in names:
             watchdog.begin(f"{name} in {where}")
             seconds[name].append(measurements[name](calls[name]))
     return seconds
@@ -169,21 +167,15 @@ def peer_measurements(cell: Cell, programs: dict, arrays: Arrays) -> dict[str, M
     """As XLA runs them, which takes a little longer than launches alone."""
     shape = cell.shape
     q, k, v, dout = (jnp.asarray(arrays[x].reshape(shape.array)) for x in ("q", "k", "v", "dout"))
-    of = {pass_: programs.get((shape, pass_), {}) for pass_ in ("fwd", "saving", "bwd")}
-    if cell.pass_ == "forward":
-        runs = {name: (program, (q, k, v)) for name, program in of["fwd"].items()}
-    else:
-        runs = {
-            name: (program, (of["saving"][name](q, k, v), dout))
-            for name, program in of["bwd"].items()
-        }
+    passes = ("fwd",) if cell.pass_ == "forward" else ("saving", "bwd")
+    runs = bench.runs_of({p: programs.get((shape, p), {}) for p in passes}, q, k, v, dout)
 
     def measure(calls: int, program: Callable, operands: tuple) -> float:
         return bench.batch_seconds(program, operands, calls) / calls
 
     return {
         name: functools.partial(measure, program=program, operands=operands)
-        for name, (program, operands) in runs.items()
+        for (_, name), (program, operands) in runs.items()
     }
 
 

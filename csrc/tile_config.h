@@ -134,7 +134,7 @@ constexpr BackwardTile backward_fused_tile(int head_dim) {
 // What the heads of a section (see BlockOrder) may read together, in bytes of the H100's 50 MB of
 // L2. Without a mask, blocks are equal: one head at a time reuses what it reads best. With one,
 // mixing heads levels their lengths: the longer the sequence, the more is worth it. Measured with
-// benchmarks/tune.py at 512, 2k, 8k and 16k; half or twice as much costs up to 12 %.
+// benchmarks/tune.py at 512, 2k, 8k and 16k; half or twice as much costs up to 10 %.
 constexpr int64_t forward_section_bytes(Mask mask, int seq_k) {
   if (mask == Mask::kFull) return 0;
   if (seq_k < 2048) return 16 << 20;

@@ -153,6 +153,16 @@ def test_whole_run(toy_bench, tmp_path, capsys):
     assert milliseconds == pytest.approx({"fwd": 0.3, "bwd": 0.2})
 
 
+def test_everyone_runs_once_a_round_and_after_others(bench):
+    rounds = list(bench.turns("abcde", 9))
+    assert all(sorted(names) == list("abcde") for names in rounds)
+    followers = {
+        x: {names[i + 1] for names in rounds for i in range(4) if names[i] == x} for x in "abcde"
+    }
+    assert all(len(found) > 1 for found in followers.values())
+    assert rounds == list(bench.turns("abcde", 9))
+
+
 # ---- Training steps ------------------------------------------------------------------------------
 
 
@@ -365,6 +375,18 @@ def test_switches_cost_no_registers(tune_build, tmp_path, kernel, switches):
     (found,) = (entry for entry in entries if entry["variant"] == "changed")
     assert found["error"] is None
     assert found["problems"] == []
+
+
+def test_unchecked_variants_are_timed(tune_run, bench):
+    """Nothing is run for it: the library is not there."""
+    cell = tune_run.Cell("forward", bench.Shape(64, "full", 512))
+    args = argparse.Namespace(unchecked=True)
+    found = tune_run.check_all(args, [cell], {cell.kernel: {"slow": None}}, None, 0.0)
+    assert found == {
+        ("forward-d64-full", "slow", "forward"): {
+            "passed": True, "error": None, "problem": "unchecked",
+        }
+    }  # fmt: skip
 
 
 def test_table_of_variants(tune_run):

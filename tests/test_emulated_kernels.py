@@ -258,6 +258,7 @@ MUTATIONS = {
     ),
     ("backward", 64): (
         Mutation("S is not waited for", FUSED_DQ, "sm90::wgmma_wait<2>();  // S(i)"),
+        Mutation("dP is not waited for", FUSED_DQ, "sm90::wgmma_wait<0>();  // dP"),
         Mutation("Q is released early", FUSED_DQ, "sm90::wgmma_wait<0>();  // dK"),
         Mutation("dS is overwritten", FUSED_DQ, "smem.ds.wait_empty(ds_cursor);"),
         Mutation(

@@ -178,6 +178,10 @@ struct BackwardDkdvKernel {
     EQX_DEVICE void release(const Ring& ring, Cursor cursor) const {
       ring.empty(cursor.stage).arrive();
     }
+    // Of the queries of a stage, the first two that this thread holds; the next are 32 bytes on.
+    EQX_DEVICE uint32_t first_stat(uint32_t stats, Cursor cursor) const {
+      return stats + cursor.stage * Smem::kStatBytes + sm90::accumulator_col(thread) * 4;
+    }
     EQX_DEVICE int first_key() const { return at.n_block * kBlockN + key_slab * kWarpgroupRows; }
 
     // S^T = K Q^T
@@ -192,8 +196,7 @@ struct BackwardDkdvKernel {
     // dP starts at dlse - delta. Before S is in flight: ptxas would wait for S first.
     EQX_DEVICE void init_dp(float (&rdP)[kBlockM / 2], Cursor cursor) const {
       smem.dout.wait_full(cursor);  // dO and delta have landed
-      const uint32_t stats = smem.dlse_minus_delta + cursor.stage * Smem::kStatBytes +
-                             sm90::accumulator_col(thread) * 4;
+      const uint32_t stats = first_stat(smem.dlse_minus_delta, cursor);
 #pragma unroll
       for (int j = 0; j < kBlockM / 8; ++j) {
         const float2 start = sm90::load_shared_pair(stats + j * 32);
@@ -226,8 +229,7 @@ struct BackwardDkdvKernel {
         apply_mask_transposed<kMask, kBlockM>(rS, first_key() + sm90::accumulator_row(thread),
                                               m_block, shape.seq_k, shape.diagonal);
       }
-      const uint32_t stats =
-          smem.lse_log2 + cursor.stage * Smem::kStatBytes + sm90::accumulator_col(thread) * 4;
+      const uint32_t stats = first_stat(smem.lse_log2, cursor);
 #pragma unroll
       for (int j = 0; j < kBlockM / 8; ++j) {
         const float2 lse = sm90::load_shared_pair(stats + j * 32);
@@ -258,8 +260,7 @@ struct BackwardDkdvKernel {
     // dS^T = P^T * (dP^T - delta + dlse), if dP has not been initialised
     EQX_DEVICE void pack_ds(uint32_t (&packed)[kBlockM / 4], const float (&p)[kBlockM / 2],
                             const float (&dp)[kBlockM / 2], Cursor cursor) const {
-      const uint32_t stats = smem.dlse_minus_delta + cursor.stage * Smem::kStatBytes +
-                             sm90::accumulator_col(thread) * 4;
+      const uint32_t stats = first_stat(smem.dlse_minus_delta, cursor);
 #pragma unroll
       for (int j = 0; j < kBlockM / 8; ++j) {
         const float2 start = sm90::load_shared_pair(stats + j * 32);

@@ -28,7 +28,7 @@ struct BackwardDqKernel {
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   // Without a mask the blocks of queries that run side by side would read the same keys at the same
-  // moments, unless each begins at another one: up to 5 % at head dims 128 and 256.
+  // moments, unless each begins at another one: up to 6 % at head dims 128 and 256.
   static constexpr bool kRotates = kMask == Mask::kFull;
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   static constexpr int kConsumerWarps = 4 * kConsumers;
