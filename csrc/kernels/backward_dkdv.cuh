@@ -40,6 +40,10 @@ struct BackwardDkdvKernel {
   // moments, unless each begins at another one. At head dim 256, where L2 is what limits this, that
   // is worth 7 to 11 % on long sequences; the fused kernels lose by it.
   static constexpr bool kRotates = kSplitOutputs && kMask == Mask::kFull;
+  // A thread of its own for dO, since one that waits for Q's buffer would hold back the load of dO:
+  // 4 to 7 % from 2k on at head dim 256, where warpgroups release the two at different times. Worth
+  // nothing to the others.
+  static constexpr bool kTwoProducers = kSplitOutputs;
   using QueryTile = sm90::SmemTile<kBlockM, kHeadDim>;       // of Q, or of dO
   using KeySlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // 64 keys of K, V, dK, or dV
   using ScoreTile = sm90::SmemTile<kBlockM, kBlockN>;        // dS of the fused kernels
@@ -111,12 +115,42 @@ struct BackwardDkdvKernel {
     return block;
   }
 
-  // ------------------------------------------------------------------------------------ producer
+  // ----------------------------------------------------------------------------------- producers
 
+  // A ring of query blocks and what fills it.
+  struct Stream {
+    const CUtensorMap& map;
+    const sm90::Ring<kTile.k_stages>& ring;
+    const float* stats;
+    uint32_t stats_buffer;
+  };
+  EQX_DEVICE static Stream queries(const BackwardDkdvArguments& args, const Smem& smem) {
+    return {args.q, smem.q, args.params.lse_log2, smem.lse_log2};
+  }
+  EQX_DEVICE static Stream douts(const BackwardDkdvArguments& args, const Smem& smem) {
+    return {args.dout, smem.dout, args.params.dlse_minus_delta, smem.dlse_minus_delta};
+  }
+
+  // One thread.
   EQX_DEVICE static void produce(const BackwardDkdvArguments& args, const Smem& smem) {
-    const BackwardParams& params = args.params;
-    const ForwardParams& shape = params.forward;
     const Block at = block(args);
+    load_keys(args, smem, at);
+    sm90::wait_for_previous_kernel();  // the statistics are there, and dQ's accumulator is clear
+    sm90::let_next_kernel_start();     // which may therefore use the statistics
+    if constexpr (kTwoProducers) {
+      load_blocks(args, at, queries(args, smem));
+    } else {
+      load_blocks(args, at, queries(args, smem), douts(args, smem));
+    }
+  }
+  // One thread of another warp, if there are two producers.
+  EQX_DEVICE static void produce_douts(const BackwardDkdvArguments& args, const Smem& smem) {
+    sm90::wait_for_previous_kernel();  // the statistics are there
+    load_blocks(args, block(args), douts(args, smem));
+  }
+
+  EQX_DEVICE static void load_keys(const BackwardDkdvArguments& args, const Smem& smem,
+                                   const Block& at) {
     smem.keys_full.arrive_and_expect(2 * Smem::kKeyBytes);
     for (int w = 0; w < kKeySlabs; ++w) {
       for (int s = 0; s < KeySlab::kSlabs; ++s) {
@@ -128,31 +162,35 @@ struct BackwardDkdvKernel {
         sm90::tma_load(args.v, smem.v + offset, smem.keys_full.address, from);
       }
     }
-    sm90::wait_for_previous_kernel();  // the statistics are there, and dQ's accumulator is clear
-    sm90::let_next_kernel_start();     // which may therefore use the statistics
+  }
+
+  template <typename... Streams>
+  EQX_DEVICE static void load_blocks(const BackwardDkdvArguments& args, const Block& at,
+                                     const Streams&... streams) {
+    const ForwardParams& shape = args.params.forward;
     Cursor cursor;
-    auto load = [&](const CUtensorMap& map, const auto& ring, const float* stats,
-                    uint32_t stats_buffer, int m_block, int head) {
-      if constexpr (kRotates) m_block = at.rotated(m_block);
-      ring.wait_empty(cursor);  // all consumers are done with the block this stage held
-      const sm90::Barrier full = ring.full(cursor.stage);
+    auto load = [&](const Stream& from, int m_block, int head) {
+      from.ring.wait_empty(cursor);  // all consumers are done with the block this stage held
+      const sm90::Barrier full = from.ring.full(cursor.stage);
       full.arrive_and_expect(QueryTile::kBytes + Smem::kStatBytes);
       const int64_t row =
-          (int64_t{at.batch} * shape.heads + head) * params.padded_seq_q + m_block * kBlockM;
-      sm90::bulk_load(stats + row, stats_buffer + cursor.stage * Smem::kStatBytes, full.address,
-                      Smem::kStatBytes);
+          (int64_t{at.batch} * shape.heads + head) * args.params.padded_seq_q + m_block * kBlockM;
+      sm90::bulk_load(from.stats + row, from.stats_buffer + cursor.stage * Smem::kStatBytes,
+                      full.address, Smem::kStatBytes);
       for (int s = 0; s < QueryTile::kSlabs; ++s) {
-        sm90::tma_load(map, ring.buffer(cursor.stage) + s * QueryTile::kSlabBytes, full.address,
-                       {s * QueryTile::kSlabCols, m_block * kBlockM, head, at.batch});
+        sm90::tma_load(from.map, from.ring.buffer(cursor.stage) + s * QueryTile::kSlabBytes,
+                       full.address, {s * QueryTile::kSlabCols, m_block * kBlockM, head, at.batch});
       }
     };
-    const int group = shape.heads / shape.heads_k;
-    for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
+    int head = at.key_head * (shape.heads / shape.heads_k);
+    int m_block = at.queries.first;
 #pragma unroll 1
-      for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
-        load(args.q, smem.q, params.lse_log2, smem.lse_log2, m_block, head);
-        load(args.dout, smem.dout, params.dlse_minus_delta, smem.dlse_minus_delta, m_block, head);
-        cursor.advance();
+    for (int step = 0; step < at.steps; ++step) {
+      (load(streams, kRotates ? at.rotated(m_block) : m_block, head), ...);
+      cursor.advance();
+      if (++m_block == at.queries.end) {  // the next head of the group
+        m_block = at.queries.first;
+        ++head;
       }
     }
   }
@@ -496,6 +534,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   if (warpgroup == 0) {
     sm90::shrink_registers<kBackwardProducerRegisters>();
     if (threadIdx.x == 0) Kernel::produce(args, smem);
+    if (Kernel::kTwoProducers && threadIdx.x == sm90::kWarp) Kernel::produce_douts(args, smem);
   } else {
     sm90::grow_registers<kBackwardConsumerRegisters>();
     if constexpr (!Kernel::kSplitOutputs) {

@@ -104,6 +104,11 @@ struct TileSlot {
   struct Extent {  // for the main loop
     int m_block;   // negative: there is no tile left
     KeyBlocks keys;
+
+    EQX_DEVICE Extent uniform() const {
+      return {sm90::warp_uniform(m_block),
+              {sm90::warp_uniform(keys.count), sm90::warp_uniform(keys.first_masked)}};
+    }
   };
   struct Place {  // for the epilogue
     int batch_head;
@@ -122,8 +127,7 @@ struct TileSlot {
   }
   EQX_DEVICE Extent extent() const {
     const int4 words = load(0);
-    return {sm90::warp_uniform(words.x),
-            {sm90::warp_uniform(words.y), sm90::warp_uniform(words.z)}};
+    return {words.x, {words.y, words.z}};
   }
   EQX_DEVICE Place place() const {
     const int4 words = load(16);
