@@ -139,8 +139,6 @@ def _plot_pass(path: pathlib.Path, pass_: str, environment: dict[str, Any], rows
     head_dims = sorted({cell.head_dim for cell in cells})
     lines = list(dict.fromkeys((cell.data, cell.mask) for cell in cells))
     series = [OURS, *competitors(rows)]
-    if pass_ == "fwd":
-        series = [name for name in series if name != DETERMINISTIC]  # the same kernel
     colours = dict(
         zip(series, ["#d1495b", "#30638e", "#7aa95c", "#edae49", "#8d8d8d"], strict=False)
     )

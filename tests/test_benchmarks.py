@@ -354,29 +354,6 @@ def test_variants_compile(tune_build, tmp_path):
     assert len(tune_build.table(entries).splitlines()) >= 3
 
 
-@pytest.mark.parametrize(
-    "kernel, switches",
-    [
-        (("forward", 64, "causal"), ["kSkipsUnseenBlock"]),
-        (("forward", 256, "causal"), ["kSkipsUnseenBlock"]),
-    ],
-    ids=lambda x: x[-1],
-)
-def test_switches_cost_no_registers(tune_build, tmp_path, kernel, switches):
-    """What tile_config.h has off compiles, too, without spills or serialised products."""
-    shipped = tune_build.Variant(tune_build.SHIPPED, tune_build.ROOT / "csrc")
-    changed = tune_build.Variant(
-        "changed", tune_build.ROOT / "csrc", changes=[f"{name}=true" for name in switches]
-    )
-    try:
-        entries = tune_build.build([shipped, changed], [tune_build.Kernel(*kernel)], tmp_path, 2)
-    except SystemExit:
-        pytest.skip("no nvcc: neither a CUDA toolkit nor NVIDIA's wheels are installed")
-    (found,) = (entry for entry in entries if entry["variant"] == "changed")
-    assert found["error"] is None
-    assert found["problems"] == []
-
-
 def test_unchecked_variants_are_timed(tune_run, bench):
     """Nothing is run for it: the library is not there."""
     cell = tune_run.Cell("forward", bench.Shape(64, "full", 512))
