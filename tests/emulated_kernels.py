@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -88,7 +89,8 @@ def _compiler_takes(option: str) -> bool:
 
 def run_library(library: pathlib.Path, pass_: str, checker: Checker) -> tuple[str, pathlib.Path]:
     """What went wrong, empty if nothing did, and the file with the results."""
-    stem = library.with_suffix(f".{pass_}")
+    folder = tempfile.mkdtemp(dir=library.parent)  # a library may run with other cases meanwhile
+    stem = f"{folder}/{pass_}"
     job = {
         "library": str(library), "cases": checker.job_cases(pass_), "cells": [],
         "results": f"{stem}.npz",
