@@ -278,7 +278,10 @@ inline void wgmma_fence_sync_aligned() { block.thread->registers_fenced = true; 
 inline void wgmma_commit_group_sync_aligned() {
   block.thread->batches.push_back(block.thread->products);
 }
-inline void wgmma_wait_group_sync_aligned(int pending) { block.wait_for_batches(pending); }
+inline void wgmma_wait_group_sync_aligned(int pending) {
+  block.exchange(0);  // the lanes meet: it is one instruction of the warp
+  block.wait_for_batches(pending);
+}
 
 template <typename Element>
 float to_float(uint16_t bits) {
