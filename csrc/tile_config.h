@@ -14,11 +14,13 @@ inline constexpr int kWarpgroupRows = 64;        // rows of one wgmma
 struct ForwardTile {
   int consumer_warpgroups;  // each owns 64 query rows
   int block_n;              // keys per step
-  int stages;               // depth of the K ring and of the V ring
-  int q_buffers;            // 2: the next tile's Q loads while this one computes
-  bool own_output_buffer;   // else O leaves through the warpgroup's slab of Q
+  int k_stages;             // depth of the K ring
+  int v_stages;
+  int q_buffers;            // one will do where Q moves on to registers
+  bool own_output_buffer;   // for TMA's stores; else O leaves from the registers
   bool query_in_registers;  // Q as register operand of S = Q K^T: frees shared-memory bandwidth
   bool two_producers;       // a thread of its own loads V
+  bool overlap_tiles;       // the first scores of the next tile beside the last product of this one
   int producer_registers;   // 24 would do for loads alone; decoding tiles needs more
   int consumer_registers;
 
@@ -27,8 +29,8 @@ struct ForwardTile {
   constexpr int shared_memory_bytes(int head_dim) const {
     const int row = head_dim * 2;
     const int queries = block_m() * row * (q_buffers + (own_output_buffer ? 1 : 0));
-    const int keys_and_values = 2 * stages * block_n * row;
-    constexpr int kBarriersAndTileSlots = 256;
+    const int keys_and_values = (k_stages + v_stages) * block_n * row;
+    constexpr int kBarriersAndTileSlots = 320;
     constexpr int kAlignment = 1024;  // the dynamic base is only 16-byte aligned
     return queries + keys_and_values + kBarriersAndTileSlots + kAlignment;
   }
@@ -43,33 +45,42 @@ constexpr ForwardTile forward_tile(int head_dim, Mask mask) {
       // keeps one of them in its softmax while the others multiply.
       return {.consumer_warpgroups = 3,
               .block_n = 128,
-              .stages = 3,
+              .k_stages = 3,
+              .v_stages = 4,  // the fourth is worth 2 % at 512 keys without a mask
               .q_buffers = 2,
               .own_output_buffer = true,
               .query_in_registers = false,  // 160 registers do not hold it
               .two_producers = false,
+              .overlap_tiles = true,  // 1 to 3 %
               .producer_registers = 32,
               .consumer_registers = 160};
     case 128:
       return {.consumer_warpgroups = 2,
               .block_n = 128,
-              .stages = 2,
-              .q_buffers = 2,
+              .k_stages = mask == Mask::kFull ? 3 : 2,
+              .v_stages = mask == Mask::kFull ? 2 : 3,
+              .q_buffers = 1,
               .own_output_buffer = true,
               .query_in_registers = true,
-              // Worth 1 to 7 %, most for short sequences. With a mask it costs 5 % at 8k and more.
+              // Worth 6 % at 512 keys, and nothing above. With a mask it costs 2 to 5 % from 8k on.
               .two_producers = mask == Mask::kFull,
+              // 1 %; with a mask it costs 5 % at 512 keys, whose K it wants before it is there.
+              .overlap_tiles = mask == Mask::kFull,
               .producer_registers = 40,
               .consumer_registers = 232};
     default:
-      // 256: O alone takes 128 registers a thread and Q 64 KB, so everything else is single.
+      // 256: O alone takes 128 registers a thread and Q 64 KB. More stages of fewer keys, 64 and
+      // not 80, are worth 6 % at 512 keys and 1 to 3 % at 2k; O from the registers, which leaves
+      // Q's buffer to the next Q, 7 and 3 %.
       return {.consumer_warpgroups = 2,
-              .block_n = 80,
-              .stages = 2,
+              .block_n = 64,
+              .k_stages = 2,
+              .v_stages = 3,
               .q_buffers = 1,
               .own_output_buffer = false,
               .query_in_registers = false,
               .two_producers = false,
+              .overlap_tiles = false,
               .producer_registers = 40,
               .consumer_registers = 232};
   }
@@ -154,8 +165,16 @@ constexpr bool prefers_fused_backward(int head_dim, Mask mask, int seq_k) {
   return head_dim <= 64 || mask == Mask::kFull || seq_k >= kFewKeys;
 }
 
-static_assert(forward_tile(64, Mask::kFull).shared_memory_bytes(64) <= kMaxSharedMemory);
-static_assert(forward_tile(128, Mask::kFull).shared_memory_bytes(128) <= kMaxSharedMemory);
-static_assert(forward_tile(256, Mask::kFull).shared_memory_bytes(256) <= kMaxSharedMemory);
+constexpr bool fits(int head_dim, Mask mask) {
+  const ForwardTile tile = forward_tile(head_dim, mask);
+  // A block is started with as many registers for each thread; who grows takes from who shrank.
+  const int registers_at_start = 65536 / tile.threads() / 8 * 8 * (1 + tile.consumer_warpgroups);
+  return tile.shared_memory_bytes(head_dim) <= kMaxSharedMemory &&
+         tile.producer_registers + tile.consumer_warpgroups * tile.consumer_registers <=
+             registers_at_start;
+}
+static_assert(fits(64, Mask::kFull) && fits(64, Mask::kCausal));
+static_assert(fits(128, Mask::kFull) && fits(128, Mask::kCausal));
+static_assert(fits(256, Mask::kFull) && fits(256, Mask::kCausal));
 
 }  // namespace eqx_flash

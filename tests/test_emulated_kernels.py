@@ -218,18 +218,19 @@ MUTATIONS = {
             message=r"a bulk store outlives its block's shared memory; block 0, seed \d",
         ),
         Mutation(
-            "a lane has not read what another releases", FORWARD, "__syncwarp();", case=1,
+            "a lane has not read what another releases", FORWARD,
+            "__syncwarp();                       // every lane has read it", case=1,
         ),
         Mutation(
             "a release is missing", FORWARD,
-            "smem.tile.empty(slot_at.stage).arrive_if(elected);",
+            "smem.tile.empty(SlotCursor::after(index).stage).arrive_if(elected);",
             message=r"deadlock; warp 0 \(lanes: 1\) waits for phase 0 of the mbarrier at \d+ at "
-            r"kernels/forward.cuh:\d+; warp 4 \(lanes: 32\) waits for",
+            r"kernels/forward.cuh:\d+; .*; warp 4 \(lanes: 32\) waits for",
         ),
         Mutation(
             "one release too many", FORWARD,
-            "smem.tile.empty(slot_at.stage).arrive_if(elected);",
-            "smem.tile.empty(slot_at.stage).arrive();",
+            "smem.tile.empty(SlotCursor::after(index).stage).arrive_if(elected);",
+            "smem.tile.empty(SlotCursor::after(index).stage).arrive();",
         ),
         Mutation("no fence in the epilogue", "kernels/epilogue.cuh", "sm90::fence_async_proxy();"),
         Mutation(
@@ -245,9 +246,16 @@ MUTATIONS = {
     ),
     ("forward", 128): (
         Mutation(
-            "V is loaded for a tile that is not decoded", FORWARD,
-            "smem.tile.wait_full(slot_at);  // the tile has been decoded",
+            "keys are loaded for a tile that is not decided on", FORWARD,
+            "smem.tile.wait_full(slot_at);  // the tile has been decided",
         ),
+    ),
+    ("forward", 256): (
+        Mutation(
+            "a warpgroup without rows keeps Q", FORWARD,
+            "my_q.empty(q_at.stage).arrive_if(elected);  // at once", message="deadlock",
+        ),
+        Mutation("O is read early", FORWARD, "sm90::wgmma_wait<0>();  // the last O"),
     ),
     ("backward", 64): (
         Mutation("S is not waited for", FUSED_DQ, "sm90::wgmma_wait<2>();  // S(i)"),

@@ -87,7 +87,7 @@ def test_cpu(on):
 
 def test_tile(on, monkeypatch):
     def kernel(head_dim, mask, block_m, block_n):
-        rest = {"stages": 2, "consumer_warpgroups": 2, "shared_memory_bytes": 0}
+        rest = {"k_stages": 2, "v_stages": 2, "consumer_warpgroups": 2, "shared_memory_bytes": 0}
         tile = {"dtype": "bfloat16", "head_dim": head_dim, "mask": mask, **rest}
         return tile | {"block_m": block_m, "block_n": block_n}
 

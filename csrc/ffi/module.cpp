@@ -45,7 +45,8 @@ nb::dict describe(const char* dtype, int head_dim, Mask mask) {
   row["mask"] = mask == Mask::kCausal ? "causal" : "full";
   row["block_m"] = tile.block_m();
   row["block_n"] = tile.block_n;
-  row["stages"] = tile.stages;
+  row["k_stages"] = tile.k_stages;
+  row["v_stages"] = tile.v_stages;
   row["consumer_warpgroups"] = tile.consumer_warpgroups;
   row["shared_memory_bytes"] = tile.shared_memory_bytes(head_dim);
   return row;

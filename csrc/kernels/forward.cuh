@@ -41,6 +41,7 @@ struct ForwardKernel {
   static constexpr bool kOwnOutput = kTile.own_output_buffer;
   static constexpr bool kRegisterQ = kTile.query_in_registers;
   static constexpr bool kTwoProducers = kTile.two_producers;
+  static constexpr bool kOverlapTiles = kTile.overlap_tiles;
   // Equal tiles are dealt out in turn; causal ones, of unequal length, go to whoever is free.
   static constexpr bool kDynamicTiles = kMask == Mask::kCausal;
   // Probabilities far above 1 need bf16's range.
@@ -49,49 +50,64 @@ struct ForwardKernel {
   // 10 % at 512 keys, less above. As many rows as keys have none such.
   static constexpr bool kSkips = kMask == Mask::kCausal && kBlockM > kBlockN;
   static_assert(!kSkips || kBlockM - kWarpgroupRows <= kBlockN, "more than one block to skip");
-  static_assert(kOwnOutput || kQBuffers == 1, "O leaves through Q's only buffer");
-  static_assert(kOwnOutput || !kRegisterQ, "Q's buffer is released before O needs it");
+  // Where Q's buffer is free early, Q is asked for before K: it comes from further away.
+  static constexpr bool kQFirst = kRegisterQ || kQBuffers > 1;
+  // The next tile is claimed when so many blocks of this one are still to be loaded: late, so that
+  // the longest tiles find whoever is free, but early enough for what the claim and Q take.
+  static constexpr int kClaimAhead = 4;
 
   using QSlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // one warpgroup's rows of Q, or of O
   using KeyTile = sm90::SmemTile<kBlockN, kHeadDim>;       // of K, or of V
-  using KeyCursor = sm90::Cursor<kTile.stages>;
+  using KeyCursor = sm90::Cursor<kTile.k_stages>;
+  using ValueCursor = sm90::Cursor<kTile.v_stages>;
   using QCursor = sm90::Cursor<kQBuffers>;
+  using QRing = sm90::Ring<kQBuffers>;
   using SlotCursor = sm90::Cursor<2>;
   static constexpr uint32_t kQBytes = kConsumers * QSlab::kBytes;
 
   // Shared memory, from the first 1024-byte boundary on.
   struct Smem {
-    sm90::Ring<kTile.stages> k, v;
-    sm90::Ring<kQBuffers> q;
-    sm90::Ring<2> tile;  // the producer works one tile ahead
+    sm90::Ring<kTile.k_stages> k;
+    sm90::Ring<kTile.v_stages> v;
+    QRing queries;         // of the first warpgroup; the others' follow, see q()
+    sm90::Ring<2> tile;    // the scheduler works one tile ahead
+    sm90::Barrier wanted;  // the next tile, by who loads this one
     uint32_t out;
 
     EQX_DEVICE explicit Smem(const void* dynamic) {
       const uint32_t base = (sm90::shared_address(dynamic) + 1023) & ~1023u;
-      constexpr uint32_t kRingBytes = kTile.stages * KeyTile::kBytes;
-      constexpr uint32_t kQOffset = 2 * kRingBytes;
-      constexpr uint32_t kOutOffset = kOwnOutput ? kQOffset + kQBuffers * kQBytes : kQOffset;
-      constexpr uint32_t kBarriers = kOutOffset + kQBytes;
-      constexpr uint32_t kKeyBarriers = sm90::Ring<kTile.stages>::kBarrierBytes;
-      constexpr uint32_t kQBarriers = kBarriers + 2 * kKeyBarriers;
-      constexpr uint32_t kTileBarriers = kQBarriers + sm90::Ring<kQBuffers>::kBarrierBytes;
-      constexpr uint32_t kTileSlots = kBarriers + 192;
-      static_assert(kTileBarriers + sm90::Ring<2>::kBarrierBytes <= kTileSlots);
+      constexpr uint32_t kVOffset = kTile.k_stages * KeyTile::kBytes;
+      constexpr uint32_t kQOffset = kVOffset + kTile.v_stages * KeyTile::kBytes;
+      constexpr uint32_t kOutOffset = kQOffset + kQBuffers * kQBytes;
+      constexpr uint32_t kBarriers = kOutOffset + (kOwnOutput ? kQBytes : 0);
+      constexpr uint32_t kKeyBarriers = sm90::Ring<kTile.k_stages>::kBarrierBytes;
+      constexpr uint32_t kValueBarriers = sm90::Ring<kTile.v_stages>::kBarrierBytes;
+      constexpr uint32_t kQBarriers = kBarriers + kKeyBarriers + kValueBarriers;
+      constexpr uint32_t kTileBarriers = kQBarriers + kConsumers * QRing::kBarrierBytes;
+      constexpr uint32_t kTileSlots = kBarriers + 256;
+      static_assert(kTileBarriers + sm90::Ring<2>::kBarrierBytes + sm90::Barrier::kBytes <=
+                    kTileSlots);
       static_assert(kTileSlots + 2 * TileSlot::kBytes + 1024 <=
                     kTile.shared_memory_bytes(kHeadDim));
       k = {base, KeyTile::kBytes, base + kBarriers};
-      v = {base + kRingBytes, KeyTile::kBytes, base + kBarriers + kKeyBarriers};
-      q = {base + kQOffset, kQBytes, base + kQBarriers};
+      v = {base + kVOffset, KeyTile::kBytes, base + kBarriers + kKeyBarriers};
+      queries = {base + kQOffset, kQBytes, base + kQBarriers};
       tile = {base + kTileSlots, TileSlot::kBytes, base + kTileBarriers};
       out = base + kOutOffset;
+      wanted = {tile.barriers + sm90::Ring<2>::kBarrierBytes};
     }
 
+    // A warpgroup's own rows: each gets its next ones as soon as it is done with these.
+    EQX_DEVICE QRing q(int warpgroup) const {
+      return {queries.buffers + warpgroup * QSlab::kBytes, kQBytes,
+              queries.barriers + warpgroup * QRing::kBarrierBytes};
+    }
     EQX_DEVICE void init_barriers() const {
       k.init(kConsumerWarps);
       v.init(kConsumerWarps);
-      // O's store from Q's buffer is one thread's business; reads of Q are every warp's.
-      q.init(kOwnOutput ? kConsumerWarps : kConsumers);
-      tile.init(kConsumerWarps + (kTwoProducers ? 1 : 0));
+      for (int w = 0; w < kConsumers; ++w) q(w).init(kConsumerWarps / kConsumers);
+      tile.init(kConsumerWarps + (kTwoProducers ? 2 : 1));
+      wanted.init(1);
       sm90::fence_barrier_init();
     }
   };
@@ -99,9 +115,10 @@ struct ForwardKernel {
   // ----------------------------------------------------------------------------------- producers
 
   // A block of K, or of V.
-  EQX_DEVICE static void load_keys(const CUtensorMap& map, const sm90::Ring<kTile.stages>& ring,
-                                   KeyCursor& at, uint64_t policy, int n_block, int key_head,
-                                   int batch) {
+  template <int kStages>
+  EQX_DEVICE static void load_keys(const CUtensorMap& map, const sm90::Ring<kStages>& ring,
+                                   sm90::Cursor<kStages>& at, uint64_t policy, int n_block,
+                                   int key_head, int batch) {
     ring.wait_empty(at);  // all consumers are done with the block this stage held
     ring.full(at.stage).arrive_and_expect(KeyTile::kBytes);
     for (int s = 0; s < KeyTile::kSlabs; ++s) {
@@ -112,73 +129,95 @@ struct ForwardKernel {
     at.advance();
   }
 
-  // One thread: decodes tiles, hands them to the others, and keeps the rings filled; that of V, if
-  // there is no other producer.
+  // One thread: decides what this thread block works on, and tells the others.
+  EQX_DEVICE static void schedule(const ForwardArguments& args, const Smem& smem) {
+    int tile = blockIdx.x;
+    for (int tile_index = 0;; ++tile_index) {
+      const auto slot_at = SlotCursor::after(tile_index);
+      const WorkTile work = decode_tile<kMask, kBlockM, kBlockN>(args.order, args.params, tile);
+      smem.tile.wait_empty(slot_at);  // all have read the tile before the last
+      TileSlot{smem.tile.buffer(slot_at.stage)}.write(work);
+      smem.tile.full(slot_at.stage).arrive();
+      if (!work.valid) break;
+      if constexpr (kDynamicTiles) {
+        smem.wanted.wait(tile_index % 2);  // most of this tile has been asked for
+        tile = gridDim.x + atomicAdd(args.params.tile_counter, 1);
+      } else {
+        tile += gridDim.x;
+      }
+    }
+  }
+
+  // Calls load(tile_index, extent, place) for each tile, by one thread.
+  template <typename Load>
+  EQX_DEVICE static void for_each_tile(const Smem& smem, Load&& load) {
+    for (int tile_index = 0;; ++tile_index) {
+      const auto slot_at = SlotCursor::after(tile_index);
+      smem.tile.wait_full(slot_at);  // the tile has been decided on
+      const TileSlot slot{smem.tile.buffer(slot_at.stage)};
+      const TileSlot::Extent extent = slot.extent();
+      const TileSlot::Place place = slot.place();
+      smem.tile.empty(slot_at.stage).arrive();  // the slot may be overwritten
+      if (extent.m_block < 0) break;
+      load(tile_index, extent, place);
+    }
+  }
+
+  // One thread: keeps the rings filled; that of V, if there is no other producer.
   EQX_DEVICE static void produce(const ForwardArguments& args, const Smem& smem) {
     const ForwardParams& params = args.params;
     const uint64_t keep = sm90::l2_policy<sm90::L2Policy::kEvictLast>();     // K, V: many readers
     const uint64_t stream = sm90::l2_policy<sm90::L2Policy::kEvictFirst>();  // Q: one reader
     const int heads_per_key_head = params.heads / params.heads_k;
-    KeyCursor k_at, v_at;
-
-    auto load_queries = [&](QCursor q_at, const WorkTile& work) {
-      smem.q.wait_empty(q_at);  // Q has been read, and O stored if it leaves through this buffer
-      smem.q.full(q_at.stage).arrive_and_expect(kQBytes);
-      for (int w = 0; w < kConsumers; ++w) {
-        for (int s = 0; s < QSlab::kSlabs; ++s) {
-          sm90::tma_load(args.q,
-                         smem.q.buffer(q_at.stage) + w * QSlab::kBytes + s * QSlab::kSlabBytes,
-                         smem.q.full(q_at.stage).address, stream,
-                         {s * QSlab::kSlabCols, work.m_block * kBlockM + w * kWarpgroupRows,
-                          work.head, work.batch});
-        }
-      }
-    };
-
-    int tile = blockIdx.x;
-    for (int tile_index = 0;; ++tile_index) {
-      const auto slot_at = SlotCursor::after(tile_index);
-      const WorkTile work = decode_tile<kMask, kBlockM, kBlockN>(args.order, params, tile);
-      smem.tile.wait_empty(slot_at);  // the consumers have read the tile before the last
-      TileSlot{smem.tile.buffer(slot_at.stage)}.write(work);
-      smem.tile.full(slot_at.stage).arrive();
-      if (!work.valid) break;
-      // Fetched before the loads, so that the counter's latency hides behind them.
-      tile = kDynamicTiles ? gridDim.x + atomicAdd(params.tile_counter, 1) : tile + gridDim.x;
-
-      const int key_head = work.head / heads_per_key_head;
-      int n_block = work.keys.count - 1;
-      load_keys(args.k, smem.k, k_at, keep, n_block, key_head, work.batch);
-      load_queries(QCursor::after(tile_index), work);
+    KeyCursor k_at;
+    ValueCursor v_at;
+    for_each_tile(
+        smem, [&](int tile_index, const TileSlot::Extent& extent, const TileSlot::Place& place) {
+          auto load_queries = [&] {
+            const auto q_at = QCursor::after(tile_index);
+            for (int w = 0; w < kConsumers; ++w) {
+              const QRing q = smem.q(w);
+              q.wait_empty(q_at);  // the warpgroup is done with the Q this buffer held
+              q.full(q_at.stage).arrive_and_expect(QSlab::kBytes);
+              for (int s = 0; s < QSlab::kSlabs; ++s) {
+                sm90::tma_load(args.q, q.buffer(q_at.stage) + s * QSlab::kSlabBytes,
+                               q.full(q_at.stage).address, stream,
+                               {s * QSlab::kSlabCols, extent.m_block * kBlockM + w * kWarpgroupRows,
+                                place.head, place.batch});
+              }
+            }
+          };
+          const int key_head = place.head / heads_per_key_head;
+          int n_block = extent.keys.count - 1;
+          if constexpr (kQFirst) load_queries();
+          load_keys(args.k, smem.k, k_at, keep, n_block, key_head, place.batch);
+          if constexpr (!kQFirst) load_queries();
 #pragma unroll 1  // its registers are few
-      for (; n_block >= 0; --n_block) {
-        if (n_block > 0) load_keys(args.k, smem.k, k_at, keep, n_block - 1, key_head, work.batch);
-        if constexpr (!kTwoProducers) {
-          load_keys(args.v, smem.v, v_at, keep, n_block, key_head, work.batch);
-        }
-      }
-    }
+          for (; n_block >= 0; --n_block) {
+            if (kDynamicTiles && n_block == min(extent.keys.count - 1, kClaimAhead)) {
+              smem.wanted.arrive();
+            }
+            if (n_block > 0)
+              load_keys(args.k, smem.k, k_at, keep, n_block - 1, key_head, place.batch);
+            if constexpr (!kTwoProducers) {
+              load_keys(args.v, smem.v, v_at, keep, n_block, key_head, place.batch);
+            }
+          }
+        });
   }
 
   // One thread of another warp: keeps the ring of V filled, whatever the first one waits for.
   EQX_DEVICE static void produce_values(const ForwardArguments& args, const Smem& smem) {
     const uint64_t keep = sm90::l2_policy<sm90::L2Policy::kEvictLast>();
     const int heads_per_key_head = args.params.heads / args.params.heads_k;
-    KeyCursor at;
-    for (int tile_index = 0;; ++tile_index) {
-      const auto slot_at = SlotCursor::after(tile_index);
-      smem.tile.wait_full(slot_at);  // the tile has been decoded
-      const TileSlot slot{smem.tile.buffer(slot_at.stage)};
-      const TileSlot::Extent extent = slot.extent();
-      const TileSlot::Place place = slot.place();
-      smem.tile.empty(slot_at.stage).arrive();  // the slot may be overwritten
-      if (extent.m_block < 0) break;
+    ValueCursor at;
+    for_each_tile(smem, [&](int, const TileSlot::Extent& extent, const TileSlot::Place& place) {
       const int key_head = place.head / heads_per_key_head;
 #pragma unroll 1
       for (int n_block = extent.keys.count - 1; n_block >= 0; --n_block) {
         load_keys(args.v, smem.v, at, keep, n_block, key_head, place.batch);
       }
-    }
+    });
   }
 
   // ----------------------------------------------------------------------------------- consumers
@@ -188,47 +227,48 @@ struct ForwardKernel {
     const int thread = threadIdx.x % sm90::kWarpgroup;
     const bool elected = thread % sm90::kWarp == 0;  // arrives for its warp
     const int next_warpgroup = (warpgroup + 1) % kConsumers;
-    const sm90::Descriptor q_tile = QSlab::k_major(smem.q.buffer(0) + warpgroup * QSlab::kBytes);
+    const QRing my_q = smem.q(warpgroup);
+    const sm90::Descriptor q_tile = QSlab::k_major(my_q.buffer(0));
     const sm90::Descriptor k_tile = KeyTile::k_major(smem.k.buffer(0));
     const sm90::Descriptor v_tile = KeyTile::mn_major(smem.v.buffer(0));
-    const uint32_t out_slab = smem.out + warpgroup * QSlab::kBytes;
 
     float rS[kBlockN / 2];     // scores of one key block, then probabilities
     uint32_t rP[kBlockN / 4];  // the probabilities as 16-bit operand
     float rO[kHeadDim / 2];
     uint32_t rQ[kRegisterQ ? kHeadDim / 4 : 1];
     LazySoftmax<kBlockN> softmax(params.softmax_scale * 1.44269504f);
-    KeyCursor at;  // of K; V is one block behind
+    KeyCursor k_at;
+    ValueCursor v_at;
+    // The tile being worked on.
+    int tile_index = 0;
+    TileSlot::Extent extent;
+    int first_row, n_block;
+    bool skips;  // the last block of keys
 
-    // Taking turns is worth 9 % at head dim 64. At 128 and 256 warpgroups settle by themselves.
+    // Taking turns is worth 9 % at head dim 64 and 2 at 128. At 256 warpgroups settle by
+    // themselves.
     auto wait_turn = [&] {  // until the previous warpgroup has issued its products
       sm90::named_barrier_sync(sm90::NamedBarrier::kTurn, warpgroup, 2 * sm90::kWarpgroup);
     };
     auto pass_turn = [&] {
       sm90::named_barrier_arrive(sm90::NamedBarrier::kTurn, next_warpgroup, 2 * sm90::kWarpgroup);
     };
-    auto load_query_fragments = [&](QCursor q_at) {
-      if constexpr (kRegisterQ) {
-        const uint32_t slab = smem.q.buffer(q_at.stage) + warpgroup * QSlab::kBytes;
-        sm90::load_operand<QSlab>(rQ, slab, thread);
-      }
-      smem.q.empty(q_at.stage).arrive_if(elected);  // the next tile's Q may load
-    };
-    auto start_scores = [&](int q_stage, int stage) {  // S = Q K^T
-      const sm90::Descriptor k = k_tile + stage * KeyTile::kBytes;
+    auto q_stage = [&] { return QCursor::after(tile_index).stage; };
+    auto start_scores = [&] {  // S = Q K^T
+      const sm90::Descriptor k = k_tile + k_at.stage * KeyTile::kBytes;
       sm90::wgmma_fence();
       if constexpr (kRegisterQ) {
         sm90::mma_registers_k_major<Element, KeyTile>(rS, rQ, k);
       } else {
-        const sm90::Descriptor q = q_tile + q_stage * kQBytes;
+        const sm90::Descriptor q = q_tile + q_stage() * kQBytes;
         sm90::mma_shared_k_major<Element, QSlab, KeyTile>(rS, q, k);
       }
       sm90::wgmma_commit();
     };
-    auto start_output = [&](int stage) {  // O += P V
+    auto start_output = [&] {  // O += P V
       sm90::pin(rO);
       sm90::wgmma_fence();
-      sm90::mma_registers_mn_major<Element, KeyTile>(rO, rP, v_tile + stage * KeyTile::kBytes);
+      sm90::mma_registers_mn_major<Element, KeyTile>(rO, rP, v_tile + v_at.stage * KeyTile::kBytes);
       sm90::wgmma_commit();
     };
     auto pack_probabilities = [&] {
@@ -240,23 +280,25 @@ struct ForwardKernel {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) rO[i] *= softmax.rescale[(i / 2) % 2];
     };
-    auto query_fragment = [&](uint32_t (&q)[4], int q_stage, int k) {
+    auto query_fragment = [&](uint32_t (&q)[4], int k, int reader) {
       if constexpr (kRegisterQ) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) q[i] = rQ[4 * k + i];
       } else {
-        const uint32_t slab = smem.q.buffer(q_stage) + warpgroup * QSlab::kBytes;
-        sm90::load_operand_step<QSlab>(q, slab, thread, k);
+        sm90::load_operand_step<QSlab>(q, my_q.buffer(q_stage()), reader, k);
       }
     };
     // Rare: this block has scores far above the reference.
-    auto raise_reference = [&](int q_stage) {
+    auto raise_reference = [&] {
       if (softmax.any_row_above(
               softmax.kLargest)) {  // overflow: scores once more, while K is still there
+        int reader = thread;
+        asm volatile(""
+                     : "+r"(reader));  // else its addresses would take registers of the main loop
         softmax.take_back();
         sm90::mma_warp_k_major<Element, KeyTile>(
-            rS, smem.k.buffer(at.stage), thread,
-            [&](uint32_t (&q)[4], int k) { query_fragment(q, q_stage, k); });
+            rS, smem.k.buffer(k_at.stage), reader,
+            [&](uint32_t (&q)[4], int k) { query_fragment(q, k, reader); });
         softmax.template update_max<0>(rS);
         softmax.template update_max<1>(rS);
         softmax.template exponentiate<0>(rS);
@@ -269,96 +311,184 @@ struct ForwardKernel {
       rescale_output();
     };
 
-    if (warpgroup == kConsumers - 1) pass_turn();  // warpgroup 0 goes first
-    for (int tile_index = 0;; ++tile_index) {
-      const auto slot_at = SlotCursor::after(tile_index);
+    // ---- A tile's ends ----
+
+    auto row_of = [&](int m_block) { return m_block * kBlockM + warpgroup * kWarpgroupRows; };
+    auto slot_of = [&](int index) {
+      return TileSlot{smem.tile.buffer(SlotCursor::after(index).stage)};
+    };
+    auto open_tile = [&] {                                 // false: there is none left
+      smem.tile.wait_full(SlotCursor::after(tile_index));  // the tile has been decided on
+      extent = slot_of(tile_index).extent().uniform();
+      first_row = row_of(extent.m_block);
+      n_block = extent.keys.count - 1;
+      return extent.m_block >= 0;
+    };
+    auto release_slot = [&](int index) {  // it may be overwritten
+      __syncwarp();                       // every lane has read it
+      smem.tile.empty(SlotCursor::after(index).stage).arrive_if(elected);
+    };
+    // The end of the queries may leave a warpgroup without rows: it only gives back what it gets.
+    auto leave_out_tile = [&] {
       const auto q_at = QCursor::after(tile_index);
-      smem.tile.wait_full(slot_at);  // the producer has decoded the tile
-      const TileSlot slot{smem.tile.buffer(slot_at.stage)};
-      const TileSlot::Extent extent = slot.extent().uniform();
-      if (extent.m_block < 0) break;
-      const int first_row = extent.m_block * kBlockM + warpgroup * kWarpgroupRows;
-      int n_block = extent.keys.count - 1;
-      auto mask_scores = [&] {
-        if (n_block < extent.keys.first_masked) return;
-        apply_mask<kMask, kBlockN>(rS, first_row + sm90::accumulator_row(thread), n_block,
-                                   params.seq_k, params.diagonal);
-      };
-      const KeyCursor last_block = at;
-      const bool skips = kSkips && n_block > 0 &&
-                         first_row + kWarpgroupRows + params.diagonal <= n_block * kBlockN;
-      if (skips) {             // its K
-        smem.k.wait_full(at);  // the stage is no longer that of the block before it there
-        smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
-        at.advance();
+      my_q.wait_full(q_at);
+      release_slot(tile_index);
+      my_q.empty(q_at.stage).arrive_if(elected);  // at once: the next K may be asked for after it
+#pragma unroll 1
+      for (; n_block >= 0; --n_block) {
+        smem.k.wait_full(k_at);
+        smem.v.wait_full(v_at);
+        wait_turn();
+        smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
+        smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
+        pass_turn();
+        k_at.advance();
+        v_at.advance();
+      }
+    };
+    auto mask_scores = [&] {
+      if (n_block < extent.keys.first_masked) return;
+      apply_mask<kMask, kBlockN>(rS, first_row + sm90::accumulator_row(thread), n_block,
+                                 params.seq_k, params.diagonal);
+    };
+    auto start_first_scores = [&] {
+      const auto q_at = QCursor::after(tile_index);
+      skips = kSkips && n_block > 0 &&
+              first_row + kWarpgroupRows + params.diagonal <= n_block * kBlockN;
+      if (skips) {               // its K
+        smem.k.wait_full(k_at);  // the stage is no longer that of the block before it there
+        smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
+        k_at.advance();
         --n_block;
       }
-      softmax.start();
-#pragma unroll
-      for (float& o : rO) o = 0.f;
-      smem.q.wait_full(q_at);  // Q has landed
-      if constexpr (kRegisterQ) load_query_fragments(q_at);
-      smem.k.wait_full(at);  // the last K block has landed
-      start_scores(q_at.stage, at.stage);
-      sm90::wgmma_wait<0>();
+      my_q.wait_full(q_at);  // Q has landed
+      if constexpr (kRegisterQ) {
+        sm90::load_operand<QSlab>(rQ, my_q.buffer(q_at.stage), thread);
+        my_q.empty(q_at.stage).arrive_if(elected);  // the next Q may load
+      }
+      smem.k.wait_full(k_at);  // the last K block has landed
+      start_scores();
+    };
+    auto first_softmax = [&] {
       sm90::pin(rS);
-      smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
+      smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
+      k_at.advance();
       mask_scores();
+      softmax.start();
       softmax.template update_max<0>(rS);
       softmax.template exponentiate<0>(rS);
       softmax.template update_max<1>(rS);
       softmax.template exponentiate<1>(rS);
-      pack_probabilities();
-      if (skips) {  // its V, and its turn
-        smem.v.wait_full(last_block);
-        smem.v.empty(last_block.stage).arrive_if(elected);  // the producer may refill this V stage
-        wait_turn();
-        pass_turn();
+    };
+    auto skip_values = [&] {
+      if (!skips) return;
+      smem.v.wait_full(v_at);
+      smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
+      v_at.advance();
+      wait_turn();  // of the block that is left out
+      pass_turn();
+    };
+    auto release_values = [&] {  // O is done
+      sm90::pin(rO);
+      smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
+      v_at.advance();
+    };
+    auto clear_output = [&] {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) rO[i] = 0.f;
+    };
+    struct Closing {
+      TileSlot::Place place;
+      float normaliser[2];
+    };
+    // What does not need O, beside the last product.
+    auto close_rows = [&](int index) -> Closing {
+      const TileSlot::Place place = slot_of(index).place();
+      release_slot(index);
+      softmax.finish();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = row_of(place.m_block) + sm90::accumulator_row(thread) + 8 * r;
+        if (thread % 4 == 0 && row < params.seq_q) {
+          params.lse[int64_t{place.batch_head} * params.seq_q + row] =
+              softmax.log_sum_exp(r, params.softmax_scale);
+        }
       }
+      return {place, {softmax.normaliser(0), softmax.normaliser(1)}};
+    };
+    auto write_output = [&](const Closing& closing) {
+      const TileSlot::Place& place = closing.place;
+      if constexpr (kOwnOutput) {
+        auto sync_slab = [&] {
+          sm90::named_barrier_sync(sm90::NamedBarrier::kEpilogue, warpgroup, sm90::kWarpgroup);
+        };
+        uint32_t slab = smem.out;
+        asm volatile("" : "+r"(slab));  // else it would take a register of the main loop
+        slab += warpgroup * QSlab::kBytes;
+        if (thread == 0) sm90::tma_store_wait_read();  // the previous tile's O has left the slab
+        sync_slab();
+        write_output_slab<Element, QSlab>(slab, rO, closing.normaliser, thread);
+        sync_slab();  // the slab is written
+        if (thread == 0) {
+          store_output_slab<QSlab>(args.out, slab, row_of(place.m_block), place.head, place.batch);
+        }
+        __syncwarp();  // else ptxas takes what follows for divergent
+      } else {
+        const int first = row_of(place.m_block);
+        const int64_t row_stride = int64_t{params.heads} * params.head_dim;
+        Element* out = static_cast<Element*>(params.out) + place.head * params.head_dim +
+                       (int64_t{place.batch} * params.seq_q + first) * row_stride;
+        store_output_rows<Element, kHeadDim>(out, row_stride, params.seq_q - first, params.head_dim,
+                                             rO, closing.normaliser, thread);
+      }
+      clear_output();
+    };
 
-      // Step n: S(n) and O += P(n+1) V(n+1) go to the tensor cores together; softmax(n) runs beside
-      // the second. Where the wait for O stands decides 10 % of the speed: between the two rows'
-      // exp2 passes, so that conversions and the rescale of O fill the issue slots of the second.
-      auto step = [&]<bool kLazily>() {
-        --n_block;
-        const KeyCursor v_at = at;
-        at.advance();
-        smem.k.wait_full(at);  // K(n) has landed
-        wait_turn();           // my turn on the tensor cores
-        sm90::pin(rO);
-        start_scores(q_at.stage, at.stage);
-        smem.v.wait_full(v_at);  // V(n+1) has landed
-        start_output(v_at.stage);
-        pass_turn();
-        sm90::wgmma_wait<1>();  // S(n) is done, P V is still running
-        sm90::pin(rS);
-        if constexpr (kLazily) {
-          softmax.template exponentiate_lazily<0>(rS);
-        } else {
-          smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
-          mask_scores();
-          softmax.template update_max<0>(rS);
-          softmax.template exponentiate<0>(rS);
-          softmax.template update_max<1>(rS);
-        }
-        sm90::pin(rS);
-        softmax.pin();
-        smem.v.wait_full(v_at);  // passes at once: ptxas may not hoist the wait for O above it
-        sm90::wgmma_wait<0>();   // O is done
-        sm90::pin(rO);
-        smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
-        if constexpr (kLazily) {
-          softmax.template exponentiate_lazily<1>(rS);
-          if (softmax.any_row_above(softmax.kLimit)) [[unlikely]]
-            raise_reference(q_at.stage);
-          smem.k.empty(at.stage).arrive_if(elected);  // the producer may refill this K stage
-          pack_probabilities();
-        } else {
-          softmax.template exponentiate<1>(rS);
-          pack_probabilities();
-          rescale_output();
-        }
-      };
+    // ---- The main loop ----
+
+    // Step n: S(n) and O += P(n+1) V(n+1) go to the tensor cores together; softmax(n) runs beside
+    // the second. Where the wait for O stands decides 10 % of the speed: between the two rows'
+    // exp2 passes, so that conversions and the rescale of O fill the issue slots of the second.
+    auto step = [&]<bool kLazily>() {
+      --n_block;
+      smem.k.wait_full(k_at);  // K(n) has landed
+      wait_turn();             // my turn on the tensor cores
+      sm90::pin(rO);
+      start_scores();
+      smem.v.wait_full(v_at);  // V(n+1) has landed
+      start_output();
+      pass_turn();
+      sm90::wgmma_wait<1>();  // S(n) is done, P V is still running
+      sm90::pin(rS);
+      if constexpr (kLazily) {
+        softmax.template exponentiate_lazily<0>(rS);
+      } else {
+        smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
+        k_at.advance();
+        mask_scores();
+        softmax.template update_max<0>(rS);
+        softmax.template exponentiate<0>(rS);
+        softmax.template update_max<1>(rS);
+      }
+      sm90::pin(rS);
+      softmax.pin();
+      smem.v.wait_full(v_at);  // passes at once: ptxas may not hoist the wait for O above it
+      sm90::wgmma_wait<0>();   // O is done
+      release_values();
+      if constexpr (kLazily) {
+        softmax.template exponentiate_lazily<1>(rS);
+        if (softmax.any_row_above(softmax.kLimit)) [[unlikely]]
+          raise_reference();
+        smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
+        k_at.advance();
+        pack_probabilities();
+      } else {
+        softmax.template exponentiate<1>(rS);
+        pack_probabilities();
+        rescale_output();
+      }
+    };
+    auto take_steps = [&] {
       if constexpr (kLazy) {
         // Rows that see nothing of the masked blocks have their first maximum from the next one.
 #pragma unroll 1
@@ -370,49 +500,65 @@ struct ForwardKernel {
 #pragma unroll 1
         while (n_block > 0) step.template operator()<false>();
       }
+    };
 
-      const KeyCursor v_at = at;
-      at.advance();
+    if (warpgroup == kConsumers - 1) pass_turn();  // warpgroup 0 goes first
+    clear_output();
+    bool open = open_tile();
+    while (open) {
+      if (first_row >= params.seq_q) {
+        leave_out_tile();
+        ++tile_index;
+        open = open_tile();
+        continue;
+      }
+      start_first_scores();
+      sm90::wgmma_wait<0>();  // S is done
+      first_softmax();
+      pack_probabilities();
+      skip_values();
+
+      for (;;) {
+        take_steps();
+        if constexpr (!kRegisterQ) {
+          my_q.empty(q_stage()).arrive_if(elected);  // all of S is done: the next Q may load
+        }
+        if constexpr (!kOverlapTiles) break;
+
+        // The last product of this tile beside the first of the next one.
+        ++tile_index;
+        open = open_tile();
+        if (!open || first_row >= params.seq_q) break;
+        wait_turn();
+        sm90::pin(rO);
+        start_first_scores();
+        smem.v.wait_full(v_at);  // V(0) has landed
+        start_output();
+        pass_turn();
+        const Closing closing = close_rows(tile_index - 1);
+        sm90::wgmma_wait<1>();  // S is done, P V is still running
+        first_softmax();
+        sm90::pin(rS);
+        softmax.pin();
+        smem.v.wait_full(v_at);  // passes at once: ptxas may not hoist the wait for O above it
+        sm90::wgmma_wait<0>();   // O is done
+        release_values();
+        write_output(closing);
+        pack_probabilities();
+        skip_values();
+      }
+
       smem.v.wait_full(v_at);  // V(0) has landed
-      if constexpr (kOwnOutput && !kRegisterQ) {
-        smem.q.empty(q_at.stage).arrive_if(elected);  // all of S is done: the next Q may load
-      }
       wait_turn();
-      start_output(v_at.stage);
+      start_output();
       pass_turn();
-
-      // Epilogue; what does not need O runs beside the last product.
-      const TileSlot::Place place = slot.place();
-      __syncwarp();                                       // every lane has read the slot
-      smem.tile.empty(slot_at.stage).arrive_if(elected);  // the slot may be overwritten
-      softmax.finish();
-      const float normaliser[2] = {softmax.normaliser(0), softmax.normaliser(1)};
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = first_row + sm90::accumulator_row(thread) + 8 * r;
-        if (thread % 4 == 0 && row < params.seq_q) {
-          params.lse[int64_t{place.batch_head} * params.seq_q + row] =
-              softmax.log_sum_exp(r, params.softmax_scale);
-        }
-      }
-      auto sync_slab = [&] {
-        sm90::named_barrier_sync(sm90::NamedBarrier::kEpilogue, warpgroup, sm90::kWarpgroup);
-      };
-      if constexpr (kOwnOutput) {
-        if (thread == 0) sm90::tma_store_wait_read();  // the previous tile's O has left the slab
-        sync_slab();
-      }
-      sm90::wgmma_wait<0>();  // O is done
-      sm90::pin(rO);
-      smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
-      write_output_slab<Element, QSlab>(out_slab, rO, normaliser, thread);
-      sync_slab();  // the slab is written
-      if (thread == 0) {
-        store_output_slab<QSlab>(args.out, out_slab, first_row, place.head, place.batch);
-        if constexpr (!kOwnOutput) {
-          sm90::tma_store_wait_read();
-          smem.q.empty(q_at.stage).arrive();  // O has left Q's buffer: the next Q may load
-        }
+      const Closing closing = close_rows(kOverlapTiles ? tile_index - 1 : tile_index);
+      sm90::wgmma_wait<0>();  // the last O is done
+      release_values();
+      write_output(closing);
+      if constexpr (!kOverlapTiles) {
+        ++tile_index;
+        open = open_tile();
       }
     }
     if (thread == 0) sm90::tma_store_wait_read();  // shared memory must outlive the last store
@@ -430,8 +576,9 @@ __global__ void __launch_bounds__(forward_tile(kHeadDim, kMask).threads(), 1)
   __syncthreads();
   if (warpgroup == 0) {
     sm90::shrink_registers<Kernel::kTile.producer_registers>();
-    if (threadIdx.x == 0) Kernel::produce(args, smem);
-    if (Kernel::kTwoProducers && threadIdx.x == sm90::kWarp) Kernel::produce_values(args, smem);
+    if (threadIdx.x == 0) Kernel::schedule(args, smem);
+    if (threadIdx.x == sm90::kWarp) Kernel::produce(args, smem);
+    if (Kernel::kTwoProducers && threadIdx.x == 2 * sm90::kWarp) Kernel::produce_values(args, smem);
   } else {
     sm90::grow_registers<Kernel::kTile.consumer_registers>();
     Kernel::consume(args, smem, warpgroup - 1);

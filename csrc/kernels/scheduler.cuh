@@ -114,6 +114,7 @@ struct TileSlot {
     int batch_head;
     int head;
     int batch;
+    int m_block;
   };
 
   EQX_DEVICE void write(const WorkTile& work) const {
@@ -121,8 +122,8 @@ struct TileSlot {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};" ::"r"(address), "r"(m_block),
                  "r"(work.keys.count), "r"(work.keys.first_masked)
                  : "memory");
-    asm volatile("st.shared.v4.b32 [%0 + 16], {%1, %2, %3, %3};" ::"r"(address),
-                 "r"(work.batch_head), "r"(work.head), "r"(work.batch)
+    asm volatile("st.shared.v4.b32 [%0 + 16], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(work.batch_head), "r"(work.head), "r"(work.batch), "r"(work.m_block)
                  : "memory");
   }
   EQX_DEVICE Extent extent() const {
@@ -131,7 +132,7 @@ struct TileSlot {
   }
   EQX_DEVICE Place place() const {
     const int4 words = load(16);
-    return {words.x, words.y, words.z};
+    return {words.x, words.y, words.z, words.w};
   }
 
  private:
