@@ -362,10 +362,7 @@ struct ForwardKernel {
         --n_block;
       }
       my_q.wait_full(q_at);  // Q has landed
-      if constexpr (kRegisterQ) {
-        sm90::load_operand<QSlab>(rQ, my_q.buffer(q_at.stage), thread);
-        my_q.empty(q_at.stage).arrive_if(elected);  // the next Q may load
-      }
+      if constexpr (kRegisterQ) sm90::load_operand<QSlab>(rQ, my_q.buffer(q_at.stage), thread);
       smem.k.wait_full(k_at);  // the last K block has landed
       start_scores();
     };
@@ -373,6 +370,11 @@ struct ForwardKernel {
       sm90::pin(rS);
       smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
       k_at.advance();
+      if constexpr (kRegisterQ) {
+        // The next Q may load. Not before S is done: ldmatrix is only known to have read what
+        // wgmma has used, and nothing orders it before TMA's next write.
+        my_q.empty(q_stage()).arrive_if(elected);
+      }
       mask_scores();
       softmax.start();
       softmax.template update_max<0>(rS);
