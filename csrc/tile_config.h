@@ -51,7 +51,7 @@ constexpr ForwardTile forward_tile(int head_dim, Mask mask) {
               .own_output_buffer = true,
               .query_in_registers = false,  // 160 registers do not hold it
               .two_producers = false,
-              .overlap_tiles = true,  // 1 to 3 %
+              .overlap_tiles = true,  // 1 to 4 %
               .producer_registers = 32,
               .consumer_registers = 160};
     case 128:
@@ -62,16 +62,16 @@ constexpr ForwardTile forward_tile(int head_dim, Mask mask) {
               .q_buffers = 1,
               .own_output_buffer = true,
               .query_in_registers = true,
-              // Worth 6 % at 512 keys, and nothing above. With a mask it costs 2 to 5 % from 8k on.
+              // Worth 9 % at 512 keys and 2 at 2k. With a mask it costs 1 to 4 %.
               .two_producers = mask == Mask::kFull,
-              // 1 %; with a mask it costs 5 % at 512 keys, whose K it wants before it is there.
+              // 1 %; with a mask it costs 5 to 7 % at 512 keys: it wants K before it is there.
               .overlap_tiles = mask == Mask::kFull,
               .producer_registers = 40,
               .consumer_registers = 232};
     default:
       // 256: O alone takes 128 registers a thread and Q 64 KB. More stages of fewer keys, 64 and
-      // not 80, are worth 6 % at 512 keys and 1 to 3 % at 2k; O from the registers, which leaves
-      // Q's buffer to the next Q, 7 and 3 %.
+      // not 80, are worth 4 to 6 % at 512 keys and 1 to 3 at 2k; O from the registers, which leaves
+      // Q's buffer to the next Q, 1 to 7 and 2 to 3 %.
       return {.consumer_warpgroups = 2,
               .block_n = 64,
               .k_stages = 2,

@@ -47,6 +47,7 @@ nb::dict describe(const char* dtype, int head_dim, Mask mask) {
   row["block_n"] = tile.block_n;
   row["k_stages"] = tile.k_stages;
   row["v_stages"] = tile.v_stages;
+  row["own_output_buffer"] = tile.own_output_buffer;
   row["consumer_warpgroups"] = tile.consumer_warpgroups;
   row["shared_memory_bytes"] = tile.shared_memory_bytes(head_dim);
   return row;
