@@ -249,6 +249,13 @@ MUTATIONS = {
             "keys are loaded for a tile that is not decided on", FORWARD,
             "smem.tile.wait_full(slot_at);  // the tile has been decided",
         ),
+        Mutation(
+            "Q is given back while ldmatrix may read it", FORWARD,
+            "sm90::load_operand<QSlab>(rQ, my_q.buffer(q_at.stage), thread);",
+            "sm90::load_operand<QSlab>(rQ, my_q.buffer(q_at.stage), thread),\n"
+            "my_q.empty(q_at.stage).arrive_if(elected);",
+            message="a copy overwrites what ldmatrix may not have read yet",
+        ),
     ),
     ("forward", 256): (
         Mutation(

@@ -57,6 +57,7 @@ class SharedMemory {
     size_ = size;
     threads_view_.assign(size, 0xff);  // NaN
     async_view_.assign(size, 0xff);
+    being_read_.assign(size / kPiece + 1, 0);
   }
   uint8_t* of_threads(uint32_t address, uint32_t bytes) {
     return threads_view_.data() + checked(address, bytes);
@@ -64,7 +65,15 @@ class SharedMemory {
   const uint8_t* of_async_proxy(uint32_t address, uint32_t bytes) {
     return async_view_.data() + checked(address, bytes);
   }
+  // 16 bytes that ldmatrix has asked for, and may not have read until its warp has used them.
+  void begin_read(uint32_t address) { ++being_read_[checked(address, kPiece) / kPiece]; }
+  void end_read(uint32_t address) { --being_read_[checked(address, kPiece) / kPiece]; }
+
   void write_async(uint32_t address, const void* source, uint32_t bytes) {
+    const uint32_t first = checked(address, bytes) / kPiece;
+    for (uint32_t piece = first; piece <= (address + bytes - 1 - kBase) / kPiece; ++piece) {
+      if (being_read_[piece] > 0) fail("a copy overwrites what ldmatrix may not have read yet");
+    }
     std::memcpy(threads_view_.data() + checked(address, bytes), source, bytes);
     std::memcpy(async_view_.data() + checked(address, bytes), source, bytes);
   }
@@ -82,8 +91,10 @@ class SharedMemory {
     if (address % (bytes < 16 ? bytes : 16)) fail("misaligned access to shared memory");
     return address - kBase;
   }
+  static constexpr uint32_t kPiece = 16;
   uint32_t size_ = 0;
   std::vector<uint8_t> threads_view_, async_view_;
+  std::vector<uint16_t> being_read_;  // by piece
 };
 
 // ---- Barriers -----------------------------------------------------------------------------------
@@ -215,6 +226,7 @@ struct Thread {
   Place place;                                          // of its last call from a kernel
   std::vector<std::pair<uint32_t, uint32_t>> unfenced;  // writes to shared memory: address, bytes
   std::vector<uint32_t> unpublished;                    // mbarriers that it has initialised
+  std::vector<uint32_t> reads;                          // of ldmatrix, not known to be done
   std::deque<Queued> stores;
   bool registers_fenced = false;     // since the last wait for wgmmas
   uint64_t products = 0;             // wgmmas issued
@@ -346,6 +358,12 @@ class Block {
     const uint64_t needed = batches[batches.size() - 1 - pending];
     Warpgroup& group = warpgroup();
     wait_until([&group, needed] { return group.done >= needed; }, "wgmma");
+    end_reads();
+  }
+  // What ldmatrix brought has been used.
+  void end_reads() {
+    for (const uint32_t address : thread->reads) memory.end_read(address);
+    thread->reads.clear();
   }
 
  private:
