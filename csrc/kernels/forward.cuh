@@ -293,8 +293,8 @@ struct ForwardKernel {
       if (softmax.any_row_above(
               softmax.kLargest)) {  // overflow: scores once more, while K is still there
         int reader = thread;
-        asm volatile(""
-                     : "+r"(reader));  // else its addresses would take registers of the main loop
+        // Else its addresses would take registers of the main loop.
+        asm volatile("" : "+r"(reader));
         softmax.take_back();
         sm90::mma_warp_k_major<Element, KeyTile>(
             rS, smem.k.buffer(k_at.stage), reader,
@@ -324,6 +324,11 @@ struct ForwardKernel {
       n_block = extent.keys.count - 1;
       return extent.m_block >= 0;
     };
+    auto open_next_tile = [&] {
+      ++tile_index;
+      return open_tile();
+    };
+    auto has_rows = [&] { return first_row < params.seq_q; };
     auto release_slot = [&](int index) {  // it may be overwritten
       __syncwarp();                       // every lane has read it
       smem.tile.empty(SlotCursor::after(index).stage).arrive_if(elected);
@@ -394,6 +399,14 @@ struct ForwardKernel {
       sm90::pin(rO);
       smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
       v_at.advance();
+    };
+    // In the middle of a softmax, which is pinned so that ptxas leaves the rest of it behind this.
+    auto await_output = [&] {
+      sm90::pin(rS);
+      softmax.pin();
+      smem.v.wait_full(v_at);  // passes at once: ptxas may not hoist the wait for O above it
+      sm90::wgmma_wait<0>();   // O is done
+      release_values();
     };
     auto clear_output = [&] {
 #pragma unroll
@@ -472,11 +485,7 @@ struct ForwardKernel {
         softmax.template exponentiate<0>(rS);
         softmax.template update_max<1>(rS);
       }
-      sm90::pin(rS);
-      softmax.pin();
-      smem.v.wait_full(v_at);  // passes at once: ptxas may not hoist the wait for O above it
-      sm90::wgmma_wait<0>();   // O is done
-      release_values();
+      await_output();
       if constexpr (kLazily) {
         softmax.template exponentiate_lazily<1>(rS);
         if (softmax.any_row_above(softmax.kLimit)) [[unlikely]]
@@ -508,10 +517,9 @@ struct ForwardKernel {
     clear_output();
     bool open = open_tile();
     while (open) {
-      if (first_row >= params.seq_q) {
+      if (!has_rows()) {
         leave_out_tile();
-        ++tile_index;
-        open = open_tile();
+        open = open_next_tile();
         continue;
       }
       start_first_scores();
@@ -528,9 +536,8 @@ struct ForwardKernel {
         if constexpr (!kOverlapTiles) break;
 
         // The last product of this tile beside the first of the next one.
-        ++tile_index;
-        open = open_tile();
-        if (!open || first_row >= params.seq_q) break;
+        open = open_next_tile();
+        if (!open || !has_rows()) break;
         wait_turn();
         sm90::pin(rO);
         start_first_scores();
@@ -540,11 +547,7 @@ struct ForwardKernel {
         const Closing closing = close_rows(tile_index - 1);
         sm90::wgmma_wait<1>();  // S is done, P V is still running
         first_softmax();
-        sm90::pin(rS);
-        softmax.pin();
-        smem.v.wait_full(v_at);  // passes at once: ptxas may not hoist the wait for O above it
-        sm90::wgmma_wait<0>();   // O is done
-        release_values();
+        await_output();
         write_output(closing);
         pack_probabilities();
         skip_values();
@@ -558,10 +561,7 @@ struct ForwardKernel {
       sm90::wgmma_wait<0>();  // the last O is done
       release_values();
       write_output(closing);
-      if constexpr (!kOverlapTiles) {
-        ++tile_index;
-        open = open_tile();
-      }
+      if constexpr (!kOverlapTiles) open = open_next_tile();
     }
     if (thread == 0) sm90::tma_store_wait_read();  // shared memory must outlive the last store
   }

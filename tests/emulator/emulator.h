@@ -226,7 +226,8 @@ struct Thread {
   Place place;                                          // of its last call from a kernel
   std::vector<std::pair<uint32_t, uint32_t>> unfenced;  // writes to shared memory: address, bytes
   std::vector<uint32_t> unpublished;                    // mbarriers that it has initialised
-  std::vector<uint32_t> reads;                          // of ldmatrix, not known to be done
+  // What ldmatrix may not have read yet, and which of `batches` uses it: the next at that time.
+  std::vector<std::pair<uint32_t, uint64_t>> reads;
   std::deque<Queued> stores;
   bool registers_fenced = false;     // since the last wait for wgmmas
   uint64_t products = 0;             // wgmmas issued
@@ -358,12 +359,19 @@ class Block {
     const uint64_t needed = batches[batches.size() - 1 - pending];
     Warpgroup& group = warpgroup();
     wait_until([&group, needed] { return group.done >= needed; }, "wgmma");
-    end_reads();
+    end_reads(batches.size() - 1 - pending);
   }
-  // What ldmatrix brought has been used.
-  void end_reads() {
-    for (const uint32_t address : thread->reads) memory.end_read(address);
-    thread->reads.clear();
+  void begin_read(uint32_t address) {
+    memory.begin_read(address);
+    thread->reads.push_back({address, thread->batches.size()});
+  }
+  // What ldmatrix brought for batches up to this one has been used.
+  void end_reads(uint64_t batch) {
+    std::erase_if(thread->reads, [this, batch](const auto& read) {
+      if (read.second > batch) return false;
+      memory.end_read(read.first);
+      return true;
+    });
   }
 
  private:

@@ -84,8 +84,7 @@ inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, u
                                                      uint32_t& d, uint32_t address) {
   const auto rows = block.exchange(address);
   const unsigned lane = block.thread->index % 32;
-  block.memory.begin_read(address);
-  block.thread->reads.push_back(address);
+  block.begin_read(address);
   uint32_t* const registers[4] = {&a, &b, &c, &d};
   for (unsigned m = 0; m < 4; ++m) {
     const auto row = static_cast<uint32_t>(rows[m * 8 + lane / 4]);
@@ -315,7 +314,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
       d[i] += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
     }
   }
-  block.end_reads();
+  block.end_reads(block.thread->batches.size());
 }
 inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& d0, float& d1, float& d2,
                                                                 float& d3, uint32_t a0, uint32_t a1,
