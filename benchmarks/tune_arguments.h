@@ -17,7 +17,7 @@ struct Arguments {
   float* lse;
   int* tile_counter;
   const void* dout;
-  const float* dlse;
+  const float* dlse;  // null: zeros
   void *dq, *dk, *dv;
   float *lse_log2, *dlse_minus_delta;
   float* dq_accumulator;  // null: the deterministic kernels

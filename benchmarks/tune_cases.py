@@ -35,6 +35,7 @@ class Case:
     alignment: str = "bottom_right"
     query_factor: float = 1.0
     spike: float = 0.0  # added to the scores of four keys, one in each lane of a row
+    has_dlse: bool = True
     launches: int = 2  # whose results must agree
 
 
@@ -101,8 +102,9 @@ class Checker:
         head_dim = self._head_dim - case.missing_columns
         batch, heads = self._sizes.batch, self._sizes.heads
         return Problem(
-            pass_, batch, case.seq_q, case.seq_k, heads, case.heads_k, head_dim, diagonal
-        )
+            pass_, batch, case.seq_q, case.seq_k, heads, case.heads_k, head_dim, diagonal,
+            case.has_dlse,
+        )  # fmt: skip
 
     def _make_inputs(self, case: Case) -> dict[str, np.ndarray]:
         head_dim = self._head_dim - case.missing_columns
@@ -117,7 +119,7 @@ class Checker:
         dout, dlse = gradient_oracle.random_cotangents(
             self._dtype, batch, case.seq_q, heads, head_dim
         )
-        inputs = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
+        inputs = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse * case.has_dlse}
         padded = self._padded(inputs)[:3]
         out, lse = _formula(
             *padded, self._scale(case), self._variants(case), case.seq_q, case.seq_k

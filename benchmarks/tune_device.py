@@ -46,10 +46,15 @@ class Problem:
     heads_k: int
     head_dim: int
     diagonal: int = 0
+    has_dlse: bool = True  # without, the backward passes get null
 
     @property
     def kind(self) -> str:
         return "forward" if self.pass_ == "forward" else "backward"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(name for name in INPUTS[self.kind] if self.has_dlse or name != "dlse")
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in ("lse", "dlse"):
@@ -74,7 +79,7 @@ class Library:
 
     def buffer_bytes(self, problem: Problem) -> dict[str, int]:
         """Of all buffers of the problem."""
-        names = dict.fromkeys((*INPUTS[problem.kind], *OUTPUTS[problem.kind]))
+        names = dict.fromkeys((*problem.inputs, *OUTPUTS[problem.kind]))
         found = {
             name: math.prod(problem.shape(name)) * (4 if name in ("lse", "dlse") else 2)
             for name in names
@@ -171,7 +176,7 @@ def _arguments(problem: Problem, pointers: dict[str, int]) -> Arguments:
 def written(library: Library, problem: Problem) -> dict[str, int]:
     """The bytes of each buffer that the kernels write."""
     sizes = library.buffer_bytes(problem)
-    return {name: size for name, size in sizes.items() if name not in INPUTS[problem.kind]}
+    return {name: size for name, size in sizes.items() if name not in problem.inputs}
 
 
 def run_poisoned(library: Library, memory: Memory, problem: Problem) -> None:
@@ -190,7 +195,7 @@ def run_case(
     """The results of all launches along a new first axis, 16-bit floats as integers."""
     sizes = library.buffer_bytes(problem)
     memory.reserve(sizes)
-    for name in INPUTS[problem.kind]:
+    for name in problem.inputs:
         memory.upload(name, inputs[name])
     types = {name: np.float32 if name == "lse" else np.uint16 for name in OUTPUTS[problem.kind]}
     results = {n: np.empty((launches, *problem.shape(n)), dtype) for n, dtype in types.items()}
@@ -221,7 +226,7 @@ def main() -> None:
     for cell in job["cells"]:
         problem = Problem(**cell)
         memory.reserve(library.buffer_bytes(problem))
-        for name in INPUTS[problem.kind]:
+        for name in problem.inputs:
             if name in ("lse", "dlse"):
                 memory.upload(name, np.zeros(problem.shape(name), np.float32))
             else:

@@ -30,7 +30,7 @@ struct ForwardParams {
 struct BackwardParams {
   ForwardParams forward;
   const void* dout;   // [batch, seq_q, heads, head_dim]
-  const float* dlse;  // [batch, heads, seq_q]
+  const float* dlse;  // [batch, heads, seq_q], or null: zeros
   void* dq;           // [batch, seq_q, heads, head_dim]
   void* dk;           // [batch, seq_k, heads_k, head_dim]
   void* dv;           // [batch, seq_k, heads_k, head_dim]

@@ -87,8 +87,8 @@ def forward(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array):
     return out, lse
 
 
-def backward(spec: AttentionSpec, q, k, v, out, lse, dout, dlse):
-    """Calls the backward kernels: `(dq, dk, dv)`."""
+def backward(spec: AttentionSpec, q, k, v, out, lse, dout, *dlse):
+    """Calls the backward kernels: `(dq, dk, dv)`. `dlse` may be left out if it is zero."""
     batch, seq_q, heads, head_dim = q.shape
     padded = -(-seq_q // _QUERY_PADDING) * _QUERY_PADDING
     row_stats = _result(q, (batch, heads, padded), jnp.float32, (0, 2, None))
@@ -106,7 +106,7 @@ def backward(spec: AttentionSpec, q, k, v, out, lse, dout, dlse):
             row_stats,
             _result(q, (accumulator,), jnp.float32, (None,)),
         ),
-    )(q, k, v, out, lse, dout, dlse, **_attributes(spec), deterministic=spec.deterministic)
+    )(q, k, v, out, lse, dout, *dlse, **_attributes(spec), deterministic=spec.deterministic)
     return dq, dk, dv
 
 

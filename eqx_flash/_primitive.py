@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import jaxtyped
 
 from . import _ffi, _partition, _reference
@@ -62,9 +63,12 @@ def gradients(
     out: Query,
     lse: LogSumExp,
     dout: Query,
-    dlse: LogSumExp,
+    dlse: LogSumExp | None,
 ) -> tuple[Query, KeyValue, KeyValue]:
-    """`(dq, dk, dv)` by the kernels: the backward pass of `attend` by itself."""
+    """`(dq, dk, dv)` by the kernels: the backward pass of `attend` by itself.
+
+    `dlse=None` stands for zeros.
+    """
     if _partition.has_explicit_axes(q, k, v):
         raise NotImplementedError(
             "flash_attention_hopper_bwd: arrays on Explicit mesh axes are not supported; "
@@ -82,7 +86,8 @@ def _attend(spec, q, k, v, *extras):
     return _forward(spec, q, k, v, *extras)
 
 
-def _attend_fwd(spec, q, k, v, *extras):
+def _attend_fwd(spec, *operands):
+    q, k, v, *extras = custom_vjp_primal_tree_values(operands)
     out, lse = _first_order(_forward, spec)(q, k, v, *extras)
     # Named, so that a `jax.checkpoint` policy can keep them and spare a second forward pass.
     out, lse = map(checkpoint_name, (out, lse), spec.checkpoint_names)
@@ -90,12 +95,17 @@ def _attend_fwd(spec, q, k, v, *extras):
 
 
 def _attend_bwd(spec, residuals, cotangents):
-    *arrays, extras = residuals
-    dq, dk, dv, dbias = _first_order(_backward, spec)(*arrays, *cotangents, *extras)
+    q, k, v, out, lse, extras = residuals
+    dout, dlse = cotangents
+    if isinstance(dout, SymbolicZero):
+        dout = jnp.zeros_like(out)
+    if isinstance(dlse, SymbolicZero):  # nearly always, and zeros would cost a kernel and a read
+        dlse = None
+    dq, dk, dv, dbias = _first_order(_backward, spec)(q, k, v, out, lse, dout, dlse, *extras)
     return dq, dk, dv, dbias, None, None, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def _first_order(fn: Callable, spec: AttentionSpec) -> Callable:
@@ -128,7 +138,8 @@ def _forward(spec, q, k, v, *extras):
 def _backward(spec, q, k, v, out, lse, dout, dlse, *extras):
     if spec.dispatch == "xla":
         return _reference.backward(spec, q, k, v, out, lse, dout, dlse, *extras)
-    return *_backward_batched(spec, q, k, v, out, lse, dout, dlse), None
+    cotangents = (dout,) if dlse is None else (dout, dlse)
+    return *_backward_batched(spec, q, k, v, out, lse, *cotangents), None
 
 
 # ---- vmap ----------------------------------------------------------------------------------------
@@ -231,4 +242,10 @@ def _on_platform(spec, kernel, reference, q, k, *operands):
 
 
 _forward_partitioned = _partition.partitioned(_forward_here, operands="qkk", results="ql")
-_backward_partitioned = _partition.partitioned(_backward_here, operands="qkkqlql", results="qkk")
+_backward_with_dlse = _partition.partitioned(_backward_here, operands="qkkqlql", results="qkk")
+_backward_without_dlse = _partition.partitioned(_backward_here, operands="qkkqlq", results="qkk")
+
+
+def _backward_partitioned(spec, q, k, v, out, lse, dout, *dlse):
+    backward = _backward_with_dlse if dlse else _backward_without_dlse
+    return backward(spec, q, k, v, out, lse, dout, *dlse)

@@ -100,7 +100,7 @@ def backward(
     out: Query,
     lse: LogSumExp,
     dout: Query,
-    dlse: LogSumExp,
+    dlse: LogSumExp | None = None,
     bias: Bias | None = None,
     mask: Mask | None = None,
     query_lengths: Lengths | None = None,
@@ -112,6 +112,7 @@ def backward(
 
     - `out`, `lse`: What `forward` returned.
     - `dout`, `dlse`: Their cotangents. Of a query that sees no key, they may be anything, even NaN.
+        `dlse=None` stands for zeros.
     - The others: As in `forward`.
 
     **Returns:**
@@ -122,12 +123,14 @@ def backward(
     heads_k = k.shape[2]
     q, out, dout = (_group_heads(x, heads_k) for x in (q, out, dout))
     k, v = (_zero_beyond(key_value_lengths, _heads_first(x)) for x in (k, v))
-    lse, dlse = (_group_lse(x, heads_k) for x in (lse, dlse))
+    lse = _group_lse(lse, heads_k)
     # A query that sees no key takes no part: its probabilities become exp(-inf - 0).
     alive = lse > -jnp.inf
-    q, out, dout, lse, dlse = (jnp.where(alive, x, 0) for x in (q, out, dout, lse, dlse))
+    q, out, dout, lse = (jnp.where(alive, x, 0) for x in (q, out, dout, lse))
     # With P = exp(S - lse): dS = P * (dP - rowsum(P * dP)) + P * dlse, and rowsum(P * dP) = dO . O.
-    delta = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1, keepdims=True) - dlse
+    delta = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1, keepdims=True)
+    if dlse is not None:
+        delta -= jnp.where(alive, _group_lse(dlse, heads_k), 0)
     tiles = _Tiles.covering(spec, q, k)
     scores = tiles.scores(bias, mask, query_lengths, key_value_lengths)
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import SHAPES, Shape, plain_attention, random_qkv
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from lowered import BACKWARD, KERNEL, cuda_text, kernel_calls
 
 import eqx_flash
@@ -176,6 +178,67 @@ def test_operands_and_results_of_the_backward_kernel():
     q, kv = tensor(*SHAPE.query, dtype="bf16"), tensor(*SHAPE.key_value, dtype="bf16")
     lse = tensor(SHAPE.batch, SHAPE.heads, SHAPE.seq_q, dtype="f32")
     assert f": ({q}, {kv}, {kv}, {q}, {lse}, {q}, {lse}) -> ({q}, {kv}, {kv}, " in text
+
+
+def weighted(out):
+    return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+
+def with_unused_residual(*qkv):
+    return weighted(jax.jit(call(return_residual=True))(*qkv)[0])
+
+
+def with_residual_as_aux(*qkv):
+    out, lse = call(return_residual=True)(*qkv)
+    return weighted(out), lse
+
+
+def in_a_loop(q, k, v):
+    body = jax.checkpoint(lambda q, _: (call(return_residual=True)(q, k, v)[0], None))
+    return weighted(jax.lax.scan(body, q, length=3)[0])
+
+
+def in_shard_map(*qkv):
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    sharded = jax.shard_map(call(), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    return weighted(sharded(*qkv))
+
+
+def explicit_gradients(*qkv):
+    out, lse = _primitive.attend(AttentionSpec(0.3), *qkv)
+    return _primitive.gradients(AttentionSpec(0.3), *qkv, out, lse, out, None)
+
+
+WITHOUT_DLSE = {
+    "grad": (jax.grad(lambda *qkv: weighted(call()(*qkv)), (0, 1, 2)), 1),
+    "deterministic": (jax.grad(lambda *qkv: weighted(call(deterministic=True)(*qkv))), 1),
+    "unused residual": (jax.grad(with_unused_residual), 1),
+    "residual as aux": (jax.grad(with_residual_as_aux, has_aux=True), 1),
+    "checkpoint": (jax.grad(jax.checkpoint(with_unused_residual)), 1),
+    "scan": (jax.grad(in_a_loop), 1),
+    "shard_map": (jax.grad(in_shard_map), 2),
+    "by itself": (explicit_gradients, 1),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("gradient, shards", WITHOUT_DLSE.values(), ids=WITHOUT_DLSE)
+def test_no_zeros_are_made_for_a_log_sum_exp_that_is_not_differentiated(gradient, shards, mapped):
+    qkv = types(SHAPE)
+    batch = SHAPE.batch // shards
+    if mapped:
+        gradient = jax.vmap(gradient)
+        qkv = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in qkv]
+        batch *= 3
+    text = cuda_text(gradient, *qkv)
+    assert kernel_calls(text, BACKWARD) == 1
+    q, kv = (tensor(batch, *size[1:], dtype="bf16") for size in (SHAPE.query, SHAPE.key_value))
+    rows = (batch, SHAPE.heads, SHAPE.seq_q)
+    lse = tensor(*rows, dtype="f32")
+    assert f": ({q}, {kv}, {kv}, {q}, {lse}, {q}) -> ({q}, {kv}, {kv}, " in text
+    unfolded = tensor(3, SHAPE.batch // shards, *rows[1:], dtype="f32")
+    zeros = re.findall(r"(?:constant|broadcast_in_dim).* (tensor<\S*>)\n", text)
+    assert not {lse, unfolded} & set(zeros)
 
 
 def test_gradient_lowers_in_a_build_without_its_head_dim(monkeypatch):

@@ -142,6 +142,34 @@ def test_cotangents_sharded_unlike_the_output(getkey, kind):
     check(resharded, mesh, qkv, [P("data")] * 3, expected=attention)
 
 
+@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("heads_k", [1, 4])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT, AxisType.Manual], ids=str)
+def test_gradient_of_one_result_alone(getkey, kind, heads_k, stopped):
+    """The cotangent of the other is a symbolic zero."""
+    attention = ATTENTION["auto"]
+    manual = kind == AxisType.Manual
+    mesh = make_mesh(*[AUTO if manual else kind] * 2)
+    keys = P("data") if heads_k == 1 else BOTH
+    specs = (BOTH, keys, keys)
+    sharded = attention
+    if manual:
+        results = (BOTH, P("data", "model"))
+        sharded = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=results)
+
+    def stopping(attention):
+        def stopped_attention(*qkv):
+            results = list(attention(*qkv))
+            results[stopped] = jax.lax.stop_gradient(results[stopped])
+            return results
+
+        return stopped_attention
+
+    qkv = random_qkv(getkey(), SHAPE._replace(heads_k=heads_k))
+    communication, _ = check(stopping(sharded), mesh, qkv, specs, stopping(attention))
+    assert set(communication) == ({"all-reduce"} if heads_k == 1 else set())
+
+
 # ---- Sequences and head dims, and axes that do not fit -------------------------------------------
 
 

@@ -13,7 +13,7 @@ from common import Shape, plain_attention, quick_compilation, random_qkv
 from lowered import cuda_text, kernel_calls
 
 import eqx_flash
-from eqx_flash._primitive import attend
+from eqx_flash._primitive import attend, gradients
 from eqx_flash._spec import CHECKPOINT_NAMES, AttentionSpec
 
 SHAPE = Shape(batch=3, seq_q=5, seq_k=7, heads=4, heads_k=2, head_dim=8)
@@ -100,18 +100,36 @@ def test_forward_is_the_same_under_differentiation(getkey, spec):
     jax.tree.map(np.testing.assert_array_equal, outs, run(spec, *qkv))
 
 
-def test_gradient_of_lse_alone(getkey):
-    qkv = random_qkv(getkey(), SHAPE)
+@pytest.mark.parametrize("result", [0, 1])
+@pytest.mark.parametrize("name", ["top_left", "xla"])
+def test_gradient_of_one_result_alone(getkey, name, result):
+    """The cotangent of the other is a symbolic zero."""
+    qkv, in_axes = mapped_qkv(getkey(), (True, False, True))
 
-    def squares(attention, *qkv):
-        return jnp.sum(attention(SPECS["top_left"], *qkv)[1] ** 2)
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(attention, *qkv):
+        def of_one(*qkv):
+            return jnp.sum(jnp.sin(attention(SPECS[name], *qkv)[result]))
 
-    ours, expected = (
-        jax.jit(jax.grad(functools.partial(squares, attention), (0, 1, 2)))(*qkv)
-        for attention in (attend, plain_attention)
-    )
+        one = jax.grad(of_one, (0, 1, 2))
+        each = jax.vmap(one, in_axes)
+        total = jax.grad(lambda *qkv: jnp.sum(jax.vmap(of_one, in_axes)(*qkv)), (0, 1, 2))
+        return one(*next(each_example(qkv, in_axes))), each(*qkv), total(*qkv)
+
+    ours, expected = (everything(attention, *qkv) for attention in (attend, plain_attention))
     assert_close(ours, expected)
-    assert not np.any(ours[2])  # the log-sum-exp does not depend on the values
+    for _, _, dv in ours:  # the log-sum-exp does not depend on the values
+        assert np.any(dv) == (result == 0)
+
+
+def test_gradients_without_dlse_are_those_for_zeros(getkey):
+    spec = SPECS["bottom_right"]
+    q, k, v = random_qkv(getkey(), SHAPE)
+    out, lse = run(spec, q, k, v)
+    absent, zeros = (
+        gradients(spec, q, k, v, out, lse, jnp.cos(out), dlse) for dlse in (None, 0 * lse)
+    )
+    jax.tree.map(np.testing.assert_array_equal, absent, zeros)
 
 
 def test_jacobian(getkey):
@@ -256,13 +274,18 @@ def test_a_stopped_gradient_needs_no_second_derivative(getkey):
     assert_close(jax.grad(stopped)(q), expected)
 
 
-def test_second_derivatives_of_the_reference(getkey):
+@pytest.mark.parametrize("of_lse", [True, False])
+def test_second_derivatives_of_the_reference(getkey, of_lse):
     spec = SPECS["xla"]
     q, k, v = random_qkv(getkey(), SHAPE)
     tangent = jax.random.normal(getkey(), q.shape)
 
     def directional(attention, q):
-        dq = jax.grad(lambda q: loss(spec, q, k, v, attention))(q)
+        def results(*args):
+            out, lse = attention(*args)
+            return out, lse if of_lse else jax.lax.stop_gradient(lse)
+
+        dq = jax.grad(lambda q: loss(spec, q, k, v, results))(q)
         return jnp.sum(dq * tangent)
 
     ours, expected = (

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 
 #include "dispatch.h"
 #include "ffi/error.h"
@@ -136,28 +137,29 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
 }
 
 ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                    ffi::AnyBuffer out, RowStats lse, ffi::AnyBuffer dout, RowStats dlse,
-                    ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
-                    ffi::Result<ffi::AnyBuffer> dv, ffi::Result<RowStats> lse_log2,
-                    ffi::Result<RowStats> dlse_minus_delta, ffi::Result<Accumulator> dq_accumulator,
-                    float softmax_scale, bool causal, bool bottom_right, bool deterministic) {
+                    ffi::AnyBuffer out, RowStats lse, ffi::AnyBuffer dout,
+                    std::optional<RowStats> dlse, ffi::Result<ffi::AnyBuffer> dq,
+                    ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
+                    ffi::Result<RowStats> lse_log2, ffi::Result<RowStats> dlse_minus_delta,
+                    ffi::Result<Accumulator> dq_accumulator, float softmax_scale, bool causal,
+                    bool bottom_right, bool deterministic) {
   if (auto error = check_operands(q, k, softmax_scale); error.failure()) return error;
   const Dims qd = q.dimensions();
   const int64_t padded = (qd[1] + kQueryPadding - 1) / kQueryPadding * kQueryPadding;
-  if (auto error =
-          all({check_alike({&k, &v, &*dk, &*dv}, "k, v, dk and dv"),
-               check_alike({&q, &out, &dout, &*dq}, "q, out, dout and dq"),
-               check_row_stats(lse.dimensions(), qd, qd[1], "lse"),
-               check_row_stats(dlse.dimensions(), qd, qd[1], "dlse"),
-               check_row_stats(lse_log2->dimensions(), qd, padded, "lse_log2"),
-               check_row_stats(dlse_minus_delta->dimensions(), qd, padded, "dlse_minus_delta")});
+  if (auto error = all(
+          {check_alike({&k, &v, &*dk, &*dv}, "k, v, dk and dv"),
+           check_alike({&q, &out, &dout, &*dq}, "q, out, dout and dq"),
+           check_row_stats(lse.dimensions(), qd, qd[1], "lse"),
+           dlse ? check_row_stats(dlse->dimensions(), qd, qd[1], "dlse") : ffi::Error::Success(),
+           check_row_stats(lse_log2->dimensions(), qd, padded, "lse_log2"),
+           check_row_stats(dlse_minus_delta->dimensions(), qd, padded, "dlse_minus_delta")});
       error.failure()) {
     return error;
   }
   BackwardParams params{
       .forward = make_params(q, k, v, out, lse.typed_data(), softmax_scale, causal, bottom_right),
       .dout = dout.untyped_data(),
-      .dlse = dlse.typed_data(),
+      .dlse = dlse ? dlse->typed_data() : nullptr,
       .dq = dq->untyped_data(),
       .dk = dk->untyped_data(),
       .dv = dv->untyped_data(),
@@ -196,19 +198,19 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
 XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                           .Arg<ffi::AnyBuffer>()  // q
-                           .Arg<ffi::AnyBuffer>()  // k
-                           .Arg<ffi::AnyBuffer>()  // v
-                           .Arg<ffi::AnyBuffer>()  // out
-                           .Arg<RowStats>()        // lse
-                           .Arg<ffi::AnyBuffer>()  // dout
-                           .Arg<RowStats>()        // dlse
-                           .Ret<ffi::AnyBuffer>()  // dq
-                           .Ret<ffi::AnyBuffer>()  // dk
-                           .Ret<ffi::AnyBuffer>()  // dv
-                           .Ret<RowStats>()        // lse_log2, scratch
-                           .Ret<RowStats>()        // dlse_minus_delta, scratch
-                           .Ret<Accumulator>()     // dq_accumulator, scratch
+                           .Arg<ffi::AnyBuffer>()    // q
+                           .Arg<ffi::AnyBuffer>()    // k
+                           .Arg<ffi::AnyBuffer>()    // v
+                           .Arg<ffi::AnyBuffer>()    // out
+                           .Arg<RowStats>()          // lse
+                           .Arg<ffi::AnyBuffer>()    // dout
+                           .OptionalArg<RowStats>()  // dlse
+                           .Ret<ffi::AnyBuffer>()    // dq
+                           .Ret<ffi::AnyBuffer>()    // dk
+                           .Ret<ffi::AnyBuffer>()    // dv
+                           .Ret<RowStats>()          // lse_log2, scratch
+                           .Ret<RowStats>()          // dlse_minus_delta, scratch
+                           .Ret<Accumulator>()       // dq_accumulator, scratch
                            .Attr<float>("softmax_scale")
                            .Attr<bool>("causal")
                            .Attr<bool>("bottom_right")

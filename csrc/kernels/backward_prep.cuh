@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(PrepTile<kLanes>::kThreads, 6)
   uint4 out{}, dout{};
   if (inside) {
     lse = shape.lse[batch_head * shape.seq_q + seq];
-    dlse = params.dlse[batch_head * shape.seq_q + seq];
+    if (params.dlse != nullptr) dlse = params.dlse[batch_head * shape.seq_q + seq];
     if (lane * 8 < shape.head_dim) {
       const int64_t offset =
           ((int64_t{batch} * shape.seq_q + seq) * shape.heads + head) * shape.head_dim + lane * 8;
