@@ -84,8 +84,9 @@ class Library:
             name: math.prod(problem.shape(name)) * (4 if name in ("lse", "dlse") else 2)
             for name in names
         }
+        found["tile_counter"] = 4
         if problem.kind == "forward":
-            return {**found, "tile_counter": 4}
+            return found
         row_stats, accumulator = ctypes.c_int64(), ctypes.c_int64()
         self._functions.scratch_sizes(
             ctypes.byref(_arguments(problem, {})),

@@ -4,11 +4,13 @@
 // the tail of the one before it.
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
 #include "dispatch.h"
 #include "kernels/backward_dkdv.cuh"
 #include "kernels/backward_dq.cuh"
 #include "kernels/backward_fused.cuh"
-#include "kernels/backward_fused_dq_warpgroup.cuh"
 #include "kernels/backward_prep.cuh"
 #include "launch.cuh"
 
@@ -24,7 +26,8 @@ cudaError_t launch_backward_prep(const BackwardParams& params, cudaStream_t stre
 
 // A kernel whose blocks hold keys: kKernel runs Kernel.
 template <typename Element, int kHeadDim, typename Kernel, auto* kKernel>
-cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaStream_t stream) {
+cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo& device,
+                                 int most_blocks, cudaStream_t stream) {
   const ForwardParams& shape = params.forward;
   const int blocks = (shape.seq_k + Kernel::kBlockN - 1) / Kernel::kBlockN;
   // Q and dO of the heads that share a key head, 16-bit.
@@ -42,14 +45,15 @@ cudaError_t launch_backward_keys(const BackwardParams& params, int device, cudaS
   encode(&args.dk, params.dk, key_shape(shape), kWarpgroupRows);
   encode(&args.dv, params.dv, key_shape(shape), kWarpgroupRows);
   if (encode.error != cudaSuccess) return encode.error;
-  const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
+  const cudaError_t error = allow_shared_memory<kKernel>(device.ordinal, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
-  return launch_early(kKernel, args.order.total, Kernel::kThreads, Kernel::Smem::kBytes, stream,
-                      args);
+  return launch_early(kKernel, std::min(args.order.total, most_blocks), Kernel::kThreads,
+                      Kernel::Smem::kBytes, stream, args);
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t launch_backward_dq(const BackwardParams& params, int device, cudaStream_t stream) {
+cudaError_t launch_backward_dq(const BackwardParams& params, const DeviceInfo& device,
+                               cudaStream_t stream) {
   using Kernel = BackwardDqKernel<Element, kHeadDim, kMask>;
   constexpr auto* kKernel = &backward_dq_kernel<Element, kHeadDim, kMask>;
   const ForwardParams& shape = params.forward;
@@ -68,7 +72,7 @@ cudaError_t launch_backward_dq(const BackwardParams& params, int device, cudaStr
   encode(&args.v, shape.v, key_shape(shape), Kernel::kBlockN);
   encode(&args.dq, params.dq, query_shape(shape), kWarpgroupRows);
   if (encode.error != cudaSuccess) return encode.error;
-  const cudaError_t error = allow_shared_memory<kKernel>(device, Kernel::Smem::kBytes);
+  const cudaError_t error = allow_shared_memory<kKernel>(device.ordinal, Kernel::Smem::kBytes);
   if (error != cudaSuccess) return error;
   return launch_early(kKernel, args.order.total, kBackwardThreads, Kernel::Smem::kBytes, stream,
                       args);
@@ -85,26 +89,18 @@ cudaError_t launch_backward_finish_dq(const BackwardParams& params, cudaStream_t
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t launch_backward_fused(const BackwardParams& params, int device, cudaStream_t stream) {
-  if constexpr (has_dq_warpgroup(kHeadDim)) {
-    using Kernel = BackwardFusedDqWarpgroupKernel<Element, kHeadDim, kMask>;
-    constexpr auto* kKernel = &backward_fused_dq_warpgroup_kernel<Element, kHeadDim, kMask>;
-    return launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(params, device, stream);
-  } else {
-    using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
-    constexpr auto* kKernel = &backward_fused_kernel<Element, kHeadDim, kMask>;
-    return launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(params, device, stream);
-  }
+cudaError_t launch_backward_fused(const BackwardParams& params, const DeviceInfo& device,
+                                  cudaStream_t stream) {
+  using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
+  constexpr auto* kKernel = &backward_fused_kernel<Element, kHeadDim, kMask>;
+  return launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(params, device,
+                                                                  device.multiprocessors, stream);
 }
 
 template <typename Element, int kHeadDim, Mask kMask>
-cudaError_t run_backward(const BackwardParams& given, cudaStream_t stream) {
-  BackwardParams params = given;
-  if (!prefers_fused_backward(kHeadDim, kMask, params.forward.seq_k)) {
-    params.dq_accumulator = nullptr;
-  }
-  int device;
-  cudaError_t error = cudaGetDevice(&device);
+cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
+  DeviceInfo device;
+  cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   error = launch_backward_prep<Element, kHeadDim>(params, stream);
   if (error != cudaSuccess) return error;
@@ -117,7 +113,8 @@ cudaError_t run_backward(const BackwardParams& given, cudaStream_t stream) {
   }
   using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_dkdv_tile(kHeadDim)>;
   constexpr auto* kKernel = &backward_dkdv_kernel<Element, kHeadDim, kMask>;
-  error = launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(params, device, stream);
+  error = launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(
+      params, device, std::numeric_limits<int>::max(), stream);
   if (error != cudaSuccess) return error;
   return launch_backward_dq<Element, kHeadDim, kMask>(params, device, stream);
 }

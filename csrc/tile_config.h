@@ -93,6 +93,11 @@ struct BackwardTile {
   int block_n;   // keys per block of the dK/dV kernel, keys per step of the dQ kernel
   int k_stages;  // of the operand that two products of a step read
   int v_stages;
+  int key_stages = 1;  // of a block's K and V: the fused kernels load the next one's in advance
+  int ds_stages = 0;   // of dS, which the fused kernels hand over
+  // Without a mask, blocks of keys that run side by side would read the same queries at the same
+  // moments. So many do; the next ones begin further on. 0: all.
+  int keys_abreast = 0;
 };
 
 constexpr int kBackwardThreads = 3 * 128;
@@ -119,25 +124,35 @@ constexpr BackwardTile backward_dkdv_tile(int head_dim) {
       return {.block_m = 64, .block_n = 128, .k_stages = 2, .v_stages = 2};
     default:
       // dK and dV take 128 registers each: one warpgroup for one, over 64 keys.
-      return {.block_m = 64, .block_n = 64, .k_stages = 2, .v_stages = 2};
+      // L2 is what limits this: blocks that begin at queries of their own are worth 7 to 11 % on
+      // long sequences.
+      return {.block_m = 64, .block_n = 64, .k_stages = 2, .v_stages = 2, .keys_abreast = 1};
   }
 }
 
 // At head dim 256 the accumulators of dK and dV leave no registers for dQ.
 constexpr bool has_fused_backward(int head_dim) { return head_dim <= 128; }
 
-// A warpgroup of its own for dQ is worth 3 % at head dim 64 on short sequences and 19 % on long
-// ones. At 128 the other two would need 224 registers a thread beside it, and get 208.
-constexpr bool has_dq_warpgroup(int head_dim) { return head_dim <= 64; }
-
 constexpr BackwardTile backward_fused_tile(int head_dim) {
   switch (head_dim) {
     case 64:
-      // 128 queries a step would not leave registers for S and dP (C7512). The third stage covers
-      // the start of short sequences: 6 % at 512.
-      return {.block_m = 64, .block_n = 128, .k_stages = 3, .v_stages = 3};
+      // 128 queries a step would not leave registers for S and dP (C7512). The third stage is worth
+      // 8 %. What several blocks of keys read at once comes out of L2 once: apart, they lose 6 %.
+      return {.block_m = 64,
+              .block_n = 128,
+              .k_stages = 3,
+              .v_stages = 3,
+              .key_stages = 2,
+              .ds_stages = 2};
     default:
-      return {.block_m = 64, .block_n = 128, .k_stages = 2, .v_stages = 2};
+      // Eight abreast are worth 1 to 5 %: fewer additions to the same rows of dQ at once.
+      return {.block_m = 64,
+              .block_n = 128,
+              .k_stages = 2,
+              .v_stages = 2,
+              .key_stages = 2,
+              .ds_stages = 2,
+              .keys_abreast = 8};
   }
 }
 
@@ -156,13 +171,6 @@ constexpr int64_t backward_section_bytes(int head_dim, Mask mask, int seq_k) {
   if (mask == Mask::kFull) return 0;
   if (seq_k < 2048) return 2 << 20;
   return head_dim <= 64 ? 4 << 20 : 16 << 20;
-}
-
-// With a causal mask and few keys the fused kernel saves little work, and its accumulator costs as
-// much as ever: at head dim 128 and 512 keys the two deterministic kernels are 15 % faster.
-inline constexpr int kFewKeys = 1024;
-constexpr bool prefers_fused_backward(int head_dim, Mask mask, int seq_k) {
-  return head_dim <= 64 || mask == Mask::kFull || seq_k >= kFewKeys;
 }
 
 constexpr bool fits(int head_dim, Mask mask) {

@@ -105,6 +105,7 @@ def backward(spec: AttentionSpec, q, k, v, out, lse, dout, *dlse):
             row_stats,
             row_stats,
             _result(q, (accumulator,), jnp.float32, (None,)),
+            _result(q, (1,), jnp.int32, (None,)),  # the fused kernel's tile counter
         ),
     )(q, k, v, out, lse, dout, *dlse, **_attributes(spec), deterministic=spec.deterministic)
     return dq, dk, dv

@@ -38,13 +38,11 @@ class Run:
     mask: str
     dtype: str = "bfloat16"
     mutation: Mutation | None = None
-    switches: tuple[str, ...] = ()  # of the sources that are turned on, or NAME=VALUE
     more_cases: tuple[Case, ...] = ()
 
     def __str__(self) -> str:
         name = f"{self.pass_}-d{self.head_dim}-{self.mask}-{self.dtype}"
-        changes = [self.mutation.name.replace(" ", "_")] if self.mutation else self.switches
-        return "-".join((*changes, name))
+        return f"{self.mutation.name.replace(' ', '_')}-{name}" if self.mutation else name
 
     @property
     def kernel(self) -> Kernel:
@@ -52,8 +50,8 @@ class Run:
         return Kernel(kind, self.head_dim, self.mask)
 
     @property
-    def library(self) -> tuple[Kernel, str, Mutation | None, tuple[str, ...]]:
-        return self.kernel, self.dtype, self.mutation, self.switches
+    def library(self) -> tuple[Kernel, str, Mutation | None]:
+        return self.kernel, self.dtype, self.mutation
 
     @property
     def cases(self) -> Cases:
@@ -111,14 +109,11 @@ def outcome_of(request, tmp_path_factory):
 
 
 def compiled(
-    kernel: Kernel, dtype: str, mutation: Mutation | None, switches: tuple[str, ...],
-    folder: pathlib.Path, headers: list[str],
+    kernel: Kernel, dtype: str, mutation: Mutation | None, folder: pathlib.Path,
+    headers: list[str],
 ) -> pathlib.Path:  # fmt: skip
     csrc = folder / "changed"
     shutil.copytree(CSRC, csrc)
-    for switch in switches:
-        change = switch if "=" in switch else f"{switch}=true"
-        tune_build.override(csrc, change, kernel.head_dim)
     if mutation:
         path = csrc / mutation.file
         text = path.read_text()
@@ -145,10 +140,7 @@ KERNELS = [
         for pass_ in ("forward", "backward", "deterministic")
         for mask in ("full", "causal")
         if (pass_, head_dim) != ("backward", 256)  # there is but the deterministic one
-        and (pass_, head_dim, mask) != ("backward", 128, "causal")  # see below
     ),
-    # With few keys and a mask the deterministic kernels take its place.
-    Run("backward", 128, "causal", switches=("kFewKeys=0",)),
     Run("forward", 128, "causal", "float16"),
     Run("backward", 64, "full", "float16"),
     Run("deterministic", 128, "causal", "float16"),
@@ -200,7 +192,7 @@ def test_scores_that_rise_within_a_tile(run, outcome_of):
 # ---- The emulator --------------------------------------------------------------------------------
 
 FORWARD, DKDV, DQ = (f"kernels/{x}.cuh" for x in ("forward", "backward_dkdv", "backward_dq"))
-FUSED, FUSED_DQ = (f"kernels/{x}.cuh" for x in ("backward_fused", "backward_fused_dq_warpgroup"))
+FUSED, STEPS = (f"kernels/{x}.cuh" for x in ("backward_fused", "backward_fused_steps"))
 
 MUTATIONS = {
     ("forward", 64): (
@@ -265,23 +257,24 @@ MUTATIONS = {
         Mutation("O is read early", FORWARD, "sm90::wgmma_wait<0>();  // the last O"),
     ),
     ("backward", 64): (
-        Mutation("S is not waited for", FUSED_DQ, "sm90::wgmma_wait<2>();  // S(i)"),
-        Mutation("dP is not waited for", FUSED_DQ, "sm90::wgmma_wait<0>();  // dP"),
-        Mutation("Q is released early", FUSED_DQ, "sm90::wgmma_wait<0>();  // dK"),
-        Mutation("dS is overwritten", FUSED_DQ, "smem.ds.wait_empty(ds_cursor);"),
-        Mutation(
-            "dK overwrites K", FUSED_DQ,
-            "sm90::named_barrier_sync(sm90::NamedBarrier::kKeysRead, 0, 3 * sm90::kWarpgroup);",
-        ),
-        Mutation("no fence after dS", DKDV, "sm90::fence_async_proxy();"),
+        Mutation("S is not waited for", STEPS, "sm90::wgmma_wait<2>();  // S(i)"),
+        Mutation("dP is not waited for", STEPS, "sm90::wgmma_wait<0>();  // dP(0)"),
+        Mutation("Q is released early", STEPS, "sm90::wgmma_wait<0>();  // dK, and dP(i)"),
+        Mutation("dS is overwritten", STEPS, "ds.wait_empty(ds_cursor);"),
+        Mutation("dK overwrites K", FUSED, "smem.keys_read.wait(tile_index % 2);"),
+        Mutation("keys overwrite gradients", FUSED, "sm90::tma_store_wait_read();\n          //"),
+        Mutation("keys overwrite keys", DKDV, "smem.keys.wait_empty(key_at);"),
+        Mutation("no fence after dS", STEPS, "sm90::fence_async_proxy();"),
         Mutation("queries overwrite queries", DKDV, "from.ring.wait_empty(cursor);"),
     ),
     ("backward", 128): (
-        Mutation("no fence after dQ", FUSED, "sm90::fence_async_proxy();"),
+        Mutation("S is not waited for", STEPS, "sm90::wgmma_wait<1>();  // S(i)"),
+        Mutation("dS overwrites P", STEPS, "sm90::wgmma_wait<0>();  // dP, dV"),
+        Mutation("dP is added to P", STEPS, "k > 0 || never", "true"),
         Mutation(
-            "dQ is staged over dQ", FUSED,
-            "sm90::named_barrier_sync(sm90::NamedBarrier::kDqEmpty, warpgroup, "
-            "kReducerBarrierThreads);",
+            "a slot is not released", FUSED,
+            "smem.tile.empty(slot_at.stage).arrive();  // the slot may",
+            message="deadlock; warp 0 .* waits for",
         ),
     ),
     ("deterministic", 64): (

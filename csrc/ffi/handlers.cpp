@@ -141,8 +141,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                     std::optional<RowStats> dlse, ffi::Result<ffi::AnyBuffer> dq,
                     ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
                     ffi::Result<RowStats> lse_log2, ffi::Result<RowStats> dlse_minus_delta,
-                    ffi::Result<Accumulator> dq_accumulator, float softmax_scale, bool causal,
-                    bool bottom_right, bool deterministic) {
+                    ffi::Result<Accumulator> dq_accumulator, ffi::Result<Counter> tile_counter,
+                    float softmax_scale, bool causal, bool bottom_right, bool deterministic) {
   if (auto error = check_operands(q, k, softmax_scale); error.failure()) return error;
   const Dims qd = q.dimensions();
   const int64_t padded = (qd[1] + kQueryPadding - 1) / kQueryPadding * kQueryPadding;
@@ -167,6 +167,7 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
       .lse_log2 = lse_log2->typed_data(),
       .dlse_minus_delta = dlse_minus_delta->typed_data(),
       .dq_accumulator = nullptr};
+  params.forward.tile_counter = tile_counter->typed_data();
   const int64_t accumulator_rows = qd[0] * qd[2] * padded;
   return dispatch(q.element_type(), params.forward, "launching the backward kernels",
                   [&]<typename Element, int kHeadDim, Mask kMask>() {
@@ -211,6 +212,7 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                            .Ret<RowStats>()          // lse_log2, scratch
                            .Ret<RowStats>()          // dlse_minus_delta, scratch
                            .Ret<Accumulator>()       // dq_accumulator, scratch
+                           .Ret<Counter>()           // tile_counter, scratch
                            .Attr<float>("softmax_scale")
                            .Attr<bool>("causal")
                            .Attr<bool>("bottom_right")

@@ -27,19 +27,18 @@ struct BackwardDkdvArguments {
 
 template <typename Element, int kHeadDim, Mask kMask, BackwardTile kTile_>
 struct BackwardDkdvKernel {
+  using ElementType = Element;
   static constexpr BackwardTile kTile = kTile_;
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kKeySlabs = kBlockN / kWarpgroupRows;
+  static constexpr int kKeyStages = kTile.key_stages;
   static constexpr int kThreads = kBackwardThreads;
   static constexpr int kConsumerThreads = 2 * sm90::kWarpgroup;
   // Two slabs: each warpgroup computes dK and dV of its own 64 keys. One slab: the accumulators
   // are too large for that, and one warpgroup computes dV, the other dK.
   static constexpr bool kSplitOutputs = kKeySlabs == 1;
-  // Without a mask the blocks of keys that run side by side would read the same queries at the same
-  // moments, unless each begins at another one. At head dim 256, where L2 is what limits this, that
-  // is worth 7 to 11 % on long sequences; the fused kernels lose by it.
-  static constexpr bool kRotates = kSplitOutputs && kMask == Mask::kFull;
+  static constexpr bool kRotates = kTile.keys_abreast > 0 && kMask == Mask::kFull;
   // A thread of its own for dO, since one that waits for Q's buffer would hold back the load of dO:
   // 4 to 7 % from 8k on at head dim 256, where warpgroups release the two at different times. The
   // others lose 1 to 2 % by it.
@@ -48,37 +47,43 @@ struct BackwardDkdvKernel {
   using KeySlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // 64 keys of K, V, dK, or dV
   using ScoreTile = sm90::SmemTile<kBlockM, kBlockN>;        // dS of the fused kernels
   using Cursor = sm90::Cursor<kTile.k_stages>;
+  using KeyCursor = sm90::Cursor<kKeyStages>;
   static_assert(kTile.k_stages == kTile.v_stages);
 
   struct Smem {
     static constexpr uint32_t kKeyBytes = kKeySlabs * KeySlab::kBytes;
     static constexpr uint32_t kStatBytes = kBlockM * 4;  // a float for each query
     static constexpr uint32_t kProbabilityBytes = kSplitOutputs ? kBlockM * kBlockN * 4 : 0;
-    static constexpr uint32_t kQ = 2 * kKeyBytes;
+    // What is read most lies first: at head dim 128, with Q, dO and dS above 128 KB, a step took 5
+    // % longer.
+    static constexpr uint32_t kQ = 0;
     static constexpr uint32_t kDout = kQ + kTile.k_stages * QueryTile::kBytes;
-    static constexpr uint32_t kProbabilities = kDout + kTile.k_stages * QueryTile::kBytes;
-    static constexpr uint32_t kStats = kProbabilities + 2 * kProbabilityBytes;
+    static constexpr uint32_t kDs = kDout + kTile.k_stages * QueryTile::kBytes;
+    static constexpr uint32_t kProbabilities = kDs + kTile.ds_stages * ScoreTile::kBytes;
+    static constexpr uint32_t kKeys = kProbabilities + 2 * kProbabilityBytes;
+    static constexpr uint32_t kStats = kKeys + kKeyStages * 2 * kKeyBytes;
     static constexpr uint32_t kBarriers = kStats + 2 * kTile.k_stages * kStatBytes;
     static constexpr uint32_t kEnd = kBarriers + 192;
-    static constexpr int kBytes = kEnd + 1024;  // alignment
+    static constexpr int kAlignment = 1024;
+    static constexpr int kBytes = kEnd + kAlignment;
     static_assert(kBytes <= kMaxSharedMemory);
-    uint32_t k, v, lse_log2, dlse_minus_delta;
+    uint32_t base, lse_log2, dlse_minus_delta;
+    sm90::Descriptor origin;      // of `base`: what is a constant away from it needs no register
+    sm90::Ring<kKeyStages> keys;  // K, then V, of a block
     sm90::Ring<kTile.k_stages> q, dout;
     sm90::Ring<2> probabilities;
-    sm90::Barrier keys_full;
 
     EQX_DEVICE explicit Smem(const void* dynamic) {
       constexpr uint32_t kRingBarriers = sm90::Ring<kTile.k_stages>::kBarrierBytes;
-      const uint32_t base = (sm90::shared_address(dynamic) + 1023) & ~1023u;
-      k = base;
-      v = base + kKeyBytes;
+      base = (sm90::shared_address(dynamic) + 1023) & ~1023u;
+      origin = sm90::Descriptor::origin(base);
       lse_log2 = base + kStats;
       dlse_minus_delta = lse_log2 + kTile.k_stages * kStatBytes;
       q = {base + kQ, QueryTile::kBytes, base + kBarriers};
       dout = {base + kDout, QueryTile::kBytes, base + kBarriers + kRingBarriers};
       probabilities = {base + kProbabilities, kProbabilityBytes,
                        base + kBarriers + 2 * kRingBarriers};
-      keys_full = {probabilities.barriers + sm90::Ring<2>::kBarrierBytes};
+      keys = {base + kKeys, 2 * kKeyBytes, probabilities.barriers + sm90::Ring<2>::kBarrierBytes};
     }
     EQX_DEVICE void init_barriers() const {
       q.init(kConsumerThreads);
@@ -87,7 +92,7 @@ struct BackwardDkdvKernel {
         probabilities.full(stage).init(sm90::kWarpgroup);
         probabilities.empty(stage).init(sm90::kWarpgroup);
       }
-      keys_full.init(1);
+      keys.init(kKeySlabs);  // whoever stores through a slab gives it back
       sm90::fence_barrier_init();
     }
   };
@@ -100,13 +105,22 @@ struct BackwardDkdvKernel {
     QueryBlocks queries;
     int steps;  // query blocks of all heads of the group
 
-    EQX_DEVICE int rotated(int m_block) const { return (m_block + n_block) % queries.end; }
+    // The first query block, and the one after another: in turn, from where the first keys of
+    // those abreast are, if there is a choice.
+    EQX_DEVICE int first_query_block() const {
+      if constexpr (!kRotates) return queries.first;
+      const int group_begin = n_block - n_block % kTile.keys_abreast;
+      return group_begin * (kBlockN / kBlockM) % queries.end;
+    }
+    EQX_DEVICE int next_query_block(int m_block) const {
+      return m_block + 1 < queries.end ? m_block + 1 : queries.first;
+    }
   };
-  EQX_DEVICE static Block block(const BackwardDkdvArguments& args) {
+  EQX_DEVICE static Block block(const BackwardDkdvArguments& args, int index) {
     const ForwardParams& shape = args.params.forward;
-    const RankedHead place = args.order.place(blockIdx.x);
+    const RankedHead place = args.order.place(index);
     Block block;
-    block.n_block = sm90::warp_uniform(place.rank);  // causal: the first keys are seen by most
+    block.n_block = place.rank;  // causal: the first keys are seen by most
     block.batch = place.batch_head / shape.heads_k;
     block.key_head = place.batch_head - block.batch * shape.heads_k;
     block.queries = query_blocks<kMask, kBlockM, kBlockN>(block.n_block, shape.seq_q, shape.seq_k,
@@ -133,42 +147,49 @@ struct BackwardDkdvKernel {
 
   // One thread.
   EQX_DEVICE static void produce(const BackwardDkdvArguments& args, const Smem& smem) {
-    const Block at = block(args);
-    load_keys(args, smem, at);
-    sm90::wait_for_previous_kernel();  // the statistics are there, and dQ's accumulator is clear
+    const Block at = block(args, blockIdx.x);
+    load_keys(args, smem, at, KeyCursor{});
+    sm90::wait_for_previous_kernel();  // the statistics are there
     sm90::let_next_kernel_start();     // which may therefore use the statistics
+    Cursor cursor;
+    auto nothing = [](int) {};
     if constexpr (kTwoProducers) {
-      load_blocks(args, at, queries(args, smem));
+      load_blocks(args, at, cursor, nothing, queries(args, smem));
     } else {
-      load_blocks(args, at, queries(args, smem), douts(args, smem));
+      load_blocks(args, at, cursor, nothing, queries(args, smem), douts(args, smem));
     }
   }
   // One thread of another warp, if there are two producers.
   EQX_DEVICE static void produce_douts(const BackwardDkdvArguments& args, const Smem& smem) {
     sm90::wait_for_previous_kernel();  // the statistics are there
-    load_blocks(args, block(args), douts(args, smem));
+    Cursor cursor;
+    load_blocks(args, block(args, blockIdx.x), cursor, [](int) {}, douts(args, smem));
   }
 
   EQX_DEVICE static void load_keys(const BackwardDkdvArguments& args, const Smem& smem,
-                                   const Block& at) {
-    smem.keys_full.arrive_and_expect(2 * Smem::kKeyBytes);
+                                   const Block& at, KeyCursor key_at) {
+    smem.keys.wait_empty(key_at);  // the gradients of the block before have left the buffers
+    const sm90::Barrier full = smem.keys.full(key_at.stage);
+    full.arrive_and_expect(2 * Smem::kKeyBytes);
+    const uint32_t k = smem.keys.buffer(key_at.stage);
     for (int w = 0; w < kKeySlabs; ++w) {
       for (int s = 0; s < KeySlab::kSlabs; ++s) {
         const uint32_t offset = w * KeySlab::kBytes + s * KeySlab::kSlabBytes;
         const sm90::TmaCoordinates from{s * KeySlab::kSlabCols,
                                         at.n_block * kBlockN + w * kWarpgroupRows, at.key_head,
                                         at.batch};
-        sm90::tma_load(args.k, smem.k + offset, smem.keys_full.address, from);
-        sm90::tma_load(args.v, smem.v + offset, smem.keys_full.address, from);
+        sm90::tma_load(args.k, k + offset, full.address, from);
+        sm90::tma_load(args.v, k + Smem::kKeyBytes + offset, full.address, from);
       }
     }
   }
 
-  template <typename... Streams>
+  // Calls before_step(step) before it asks for the step's queries.
+  template <typename BeforeStep, typename... Streams>
   EQX_DEVICE static void load_blocks(const BackwardDkdvArguments& args, const Block& at,
+                                     Cursor& cursor, BeforeStep&& before_step,
                                      const Streams&... streams) {
     const ForwardParams& shape = args.params.forward;
-    Cursor cursor;
     auto load = [&](const Stream& from, int m_block, int head) {
       from.ring.wait_empty(cursor);  // all consumers are done with the block this stage held
       const sm90::Barrier full = from.ring.full(cursor.stage);
@@ -182,16 +203,16 @@ struct BackwardDkdvKernel {
                        full.address, {s * QueryTile::kSlabCols, m_block * kBlockM, head, at.batch});
       }
     };
+    const int first = at.first_query_block();
     int head = at.key_head * (shape.heads / shape.heads_k);
-    int m_block = at.queries.first;
+    int m_block = first;
 #pragma unroll 1
     for (int step = 0; step < at.steps; ++step) {
-      (load(streams, kRotates ? at.rotated(m_block) : m_block, head), ...);
+      before_step(step);
+      (load(streams, m_block, head), ...);
       cursor.advance();
-      if (++m_block == at.queries.end) {  // the next head of the group
-        m_block = at.queries.first;
-        ++head;
-      }
+      m_block = at.next_query_block(m_block);
+      if (m_block == first) ++head;  // the next one of the group
     }
   }
 
@@ -200,14 +221,26 @@ struct BackwardDkdvKernel {
   struct Consumer {
     const BackwardDkdvArguments& args;
     const Smem& smem;
-    const Block at;
     const int thread = threadIdx.x % sm90::kWarpgroup;
     const int key_slab;  // of this warpgroup
+    Block at;
+    int slab;  // where this warpgroup's keys begin
     float scale_log2 = args.params.forward.softmax_scale * 1.44269504f;
 
     EQX_DEVICE Consumer(const BackwardDkdvArguments& args_, const Smem& smem_, int key_slab_)
-        : args(args_), smem(smem_), at(block(args_)), key_slab(key_slab_) {
+        : args(args_), smem(smem_), key_slab(key_slab_) {
       asm volatile("mov.b32 %0, %0;" : "+f"(scale_log2));  // a vector register: operand reuse
+    }
+    EQX_DEVICE void take(const Block& block, KeyCursor key_at) {
+      at = block;
+      slab = Smem::kKeys + key_at.stage * 2 * Smem::kKeyBytes + key_slab * KeySlab::kBytes;
+      smem.keys.wait_full(key_at);  // K and V have landed
+    }
+    // The block of a thread block that has but one.
+    EQX_DEVICE void take_only_block() {
+      Block block = BackwardDkdvKernel::block(args, blockIdx.x);
+      block.n_block = sm90::warp_uniform(block.n_block);
+      take(block, KeyCursor{});
     }
     // This thread is done with a stage. Every lane arrives for itself, since each has read some of
     // the stage's statistics: one lane for all, after __syncwarp, is no faster, and racecheck does
@@ -220,15 +253,32 @@ struct BackwardDkdvKernel {
     EQX_DEVICE uint32_t first_stat(uint32_t stats, Cursor cursor) const {
       return stats + cursor.stage * Smem::kStatBytes + sm90::accumulator_col(thread) * 4;
     }
+    EQX_DEVICE uint32_t k() const { return smem.base + slab; }
+    EQX_DEVICE uint32_t v() const { return k() + Smem::kKeyBytes; }
+    EQX_DEVICE sm90::Descriptor k_at() const { return smem.origin + slab; }
+    EQX_DEVICE sm90::Descriptor v_at() const { return k_at() + Smem::kKeyBytes; }
+    EQX_DEVICE sm90::Descriptor q_at(Cursor cursor) const {
+      return smem.origin + Smem::kQ + cursor.stage * QueryTile::kBytes;
+    }
+    EQX_DEVICE sm90::Descriptor dout_at(Cursor cursor) const {
+      return smem.origin + Smem::kDout + cursor.stage * QueryTile::kBytes;
+    }
     EQX_DEVICE int first_key() const { return at.n_block * kBlockN + key_slab * kWarpgroupRows; }
+
+    // The statistics of all queries that this thread holds, two of each eight.
+    using Stats = float2[kBlockM / 8];
+    EQX_DEVICE void load_stats(Stats& stats, uint32_t buffers, Cursor cursor) const {
+      const uint32_t first = first_stat(buffers, cursor);
+#pragma unroll
+      for (int j = 0; j < kBlockM / 8; ++j) stats[j] = sm90::load_shared_pair(first + j * 32);
+    }
 
     // S^T = K Q^T
     EQX_DEVICE void start_scores(float (&rS)[kBlockM / 2], Cursor cursor) const {
-      const auto k = KeySlab::k_major(smem.k + key_slab * KeySlab::kBytes);
-      const auto q = QueryTile::k_major(smem.q.buffer(0)) + cursor.stage * QueryTile::kBytes;
       smem.q.wait_full(cursor);  // Q and LSE have landed
       sm90::wgmma_fence();
-      sm90::mma_shared_k_major<Element, KeySlab, QueryTile>(rS, k, q);
+      sm90::mma_shared_k_major<Element, KeySlab, QueryTile>(rS, KeySlab::k_major(k_at()),
+                                                            QueryTile::k_major(q_at(cursor)));
       sm90::wgmma_commit();
     }
     // dP starts at dlse - delta. Before S is in flight: ptxas would wait for S first.
@@ -245,40 +295,31 @@ struct BackwardDkdvKernel {
     }
     // dP^T - delta + dlse = V dO^T + (dlse - delta), if dP has been initialised
     EQX_DEVICE void start_dp(float (&rdP)[kBlockM / 2], Cursor cursor) const {
-      const auto v = KeySlab::k_major(smem.v + key_slab * KeySlab::kBytes);
-      const auto dout = QueryTile::k_major(smem.dout.buffer(0)) + cursor.stage * QueryTile::kBytes;
       sm90::wgmma_fence();
-      sm90::mma_shared_k_major<Element, KeySlab, QueryTile, true>(rdP, v, dout);
+      sm90::mma_shared_k_major<Element, KeySlab, QueryTile, true>(
+          rdP, KeySlab::k_major(v_at()), QueryTile::k_major(dout_at(cursor)));
       sm90::wgmma_commit();
     }
     // acc += P^T dO, or dS^T Q
     EQX_DEVICE void multiply(float (&acc)[kHeadDim / 2], const uint32_t (&a)[kBlockM / 4],
-                             const sm90::Ring<kTile.k_stages>& ring, Cursor cursor) const {
+                             sm90::Descriptor queries) const {
       sm90::pin(acc);
       sm90::wgmma_fence();
-      sm90::mma_registers_mn_major<Element, QueryTile>(
-          acc, a, QueryTile::mn_major(ring.buffer(0)) + cursor.stage * QueryTile::kBytes);
+      sm90::mma_registers_mn_major<Element, QueryTile>(acc, a, QueryTile::mn_major(queries));
     }
     // P^T = exp2(S^T * scale - lse)
     EQX_DEVICE void probabilities(float (&rS)[kBlockM / 2], Cursor cursor, int m_block) const {
-      sm90::pin(rS);
-      if (m_block < at.queries.first_unmasked) {
-        const ForwardParams& shape = args.params.forward;
-        apply_mask_transposed<kMask, kBlockM>(rS, first_key() + sm90::accumulator_row(thread),
-                                              m_block, shape.seq_k, shape.diagonal);
-      }
+      mask(rS, m_block);
       const uint32_t stats = first_stat(smem.lse_log2, cursor);
 #pragma unroll
-      for (int j = 0; j < kBlockM / 8; ++j) {
-        const float2 lse = sm90::load_shared_pair(stats + j * 32);
+      for (int j = 0; j < kBlockM / 8; ++j)
+        exponentiate(rS, j, sm90::load_shared_pair(stats + j * 32));
+    }
+    EQX_DEVICE void probabilities(float (&rS)[kBlockM / 2], const Stats& lse_log2,
+                                  int m_block) const {
+      mask(rS, m_block);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float& even = rS[4 * j + 2 * r];
-          float& odd = rS[4 * j + 2 * r + 1];
-          even = sm90::exp2_approx(fmaf(even, scale_log2, -lse.x));
-          odd = sm90::exp2_approx(fmaf(odd, scale_log2, -lse.y));
-        }
-      }
+      for (int j = 0; j < kBlockM / 8; ++j) exponentiate(rS, j, lse_log2[j]);
     }
     EQX_DEVICE static void pack(uint32_t (&packed)[kBlockM / 4], const float (&x)[kBlockM / 2]) {
 #pragma unroll
@@ -295,21 +336,8 @@ struct BackwardDkdvKernel {
         packed[i] = sm90::pack<Element>(x[2 * i] * y[2 * i], x[2 * i + 1] * y[2 * i + 1]);
       }
     }
-    // dS^T = P^T * (dP^T - delta + dlse), if dP has not been initialised
-    EQX_DEVICE void pack_ds(uint32_t (&packed)[kBlockM / 4], const float (&p)[kBlockM / 2],
-                            const float (&dp)[kBlockM / 2], Cursor cursor) const {
-      const uint32_t stats = first_stat(smem.dlse_minus_delta, cursor);
-#pragma unroll
-      for (int j = 0; j < kBlockM / 8; ++j) {
-        const float2 start = sm90::load_shared_pair(stats + j * 32);
-#pragma unroll
-        for (int i = 4 * j; i < 4 * j + 4; i += 2) {
-          packed[i / 2] =
-              sm90::pack<Element>(p[i] * (dp[i] + start.x), p[i + 1] * (dp[i + 1] + start.y));
-        }
-      }
-    }
-    // dS^T in registers -> dS in shared memory; this warpgroup's keys are one slab of columns.
+    // dS^T in registers -> dS in shared memory; this warpgroup's keys are one slab of columns. A
+    // fence must follow.
     EQX_DEVICE void store_ds(uint32_t ds, const uint32_t (&rdS)[kBlockM / 4]) const {
       const int lane = thread % sm90::kWarp;
       const int piece = 8 * key_slab + 2 * (thread / sm90::kWarp) + (lane / 8) % 2;
@@ -318,13 +346,6 @@ struct BackwardDkdvKernel {
         const int row = 16 * j + 8 * (lane / 16) + lane % 8;
         sm90::store_matrix_x4_transposed(ds + ScoreTile::piece_offset(row, piece), rdS + 4 * j);
       }
-      sm90::fence_async_proxy();
-    }
-    EQX_DEVICE int first_query_block() const {
-      return kRotates ? at.rotated(at.queries.first) : at.queries.first;
-    }
-    EQX_DEVICE int next_query_block(int m_block) const {
-      return m_block + 1 < at.queries.end ? m_block + 1 : at.queries.first;  // next head
     }
     // The gradient leaves through a slab that only this warpgroup has read.
     EQX_DEVICE void store(const CUtensorMap& map, uint32_t slab, const float (&acc)[kHeadDim / 2],
@@ -334,23 +355,42 @@ struct BackwardDkdvKernel {
       sm90::named_barrier_sync(sm90::NamedBarrier::kEpilogue, barrier, sm90::kWarpgroup);
       if (thread == 0) store_output_slab<KeySlab>(map, slab, first_key(), at.key_head, at.batch);
     }
+
+   private:
+    EQX_DEVICE void mask(float (&rS)[kBlockM / 2], int m_block) const {
+      sm90::pin(rS);
+      if (m_block >= at.queries.first_unmasked) return;
+      const ForwardParams& shape = args.params.forward;
+      apply_mask_transposed<kMask, kBlockM>(rS, first_key() + sm90::accumulator_row(thread),
+                                            m_block, shape.seq_k, shape.diagonal);
+    }
+    // Of the j-th eight queries.
+    EQX_DEVICE void exponentiate(float (&rS)[kBlockM / 2], int j, float2 lse_log2) const {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float& even = rS[4 * j + 2 * r];
+        float& odd = rS[4 * j + 2 * r + 1];
+        even = sm90::exp2_approx(fmaf(even, scale_log2, -lse_log2.x));
+        odd = sm90::exp2_approx(fmaf(odd, scale_log2, -lse_log2.y));
+      }
+    }
   };
 
   // --------------------------------------------------- 64 keys a warpgroup: dK and dV of its own
 
   EQX_DEVICE static void consume_keys(const BackwardDkdvArguments& args, const Smem& smem,
                                       int warpgroup) {
-    const Consumer me(args, smem, warpgroup);
+    Consumer me(args, smem, warpgroup);
+    me.take_only_block();
     float rS[kBlockM / 2], rdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
     float rdK[kHeadDim / 2], rdV[kHeadDim / 2];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.f;
 
-    smem.keys_full.wait(0);  // K and V have landed
     if (me.at.steps > 0) {
       Cursor cursor;
-      int m_block = me.first_query_block();
+      int m_block = me.at.first_query_block();
       auto finish_ds = [&] {  // P and dS as operands of the next step's products
         me.init_dp(rdP, cursor);
         me.start_dp(rdP, cursor);
@@ -370,10 +410,10 @@ struct BackwardDkdvKernel {
       for (int step = 1; step < me.at.steps; ++step) {
         const Cursor previous = cursor;
         cursor.advance();
-        m_block = me.next_query_block(m_block);
+        m_block = me.at.next_query_block(m_block);
         me.start_scores(rS, cursor);
-        me.multiply(rdV, rP, smem.dout, previous);
-        me.multiply(rdK, rdS, smem.q, previous);
+        me.multiply(rdV, rP, me.dout_at(previous));
+        me.multiply(rdK, rdS, me.q_at(previous));
         sm90::wgmma_commit();
         sm90::wgmma_wait<1>();  // S(i)
         me.probabilities(rS, cursor, m_block);
@@ -384,16 +424,15 @@ struct BackwardDkdvKernel {
         me.release(smem.q, previous);     // the producer may refill Q
         finish_ds();
       }
-      me.multiply(rdV, rP, smem.dout, cursor);
-      me.multiply(rdK, rdS, smem.q, cursor);
+      me.multiply(rdV, rP, me.dout_at(cursor));
+      me.multiply(rdK, rdS, me.q_at(cursor));
       sm90::wgmma_commit();
       sm90::wgmma_wait<0>();
       sm90::pin(rdV);
       sm90::pin(rdK);
     }
-    const uint32_t slab = warpgroup * KeySlab::kBytes;
-    me.store(args.dv, smem.v + slab, rdV, 1.f, warpgroup);
-    me.store(args.dk, smem.k + slab, rdK, args.params.forward.softmax_scale, warpgroup);
+    me.store(args.dv, me.v(), rdV, 1.f, warpgroup);
+    me.store(args.dk, me.k(), rdK, args.params.forward.softmax_scale, warpgroup);
     if (me.thread == 0) sm90::tma_store_wait_read();  // shared memory must outlive the stores
   }
 
@@ -405,7 +444,8 @@ struct BackwardDkdvKernel {
   }
 
   EQX_DEVICE static void consume_values(const BackwardDkdvArguments& args, const Smem& smem) {
-    const Consumer me(args, smem, 0);
+    Consumer me(args, smem, 0);
+    me.take_only_block();
     float rS[kBlockM / 2];
     uint32_t rP[kBlockM / 4];
     float rdV[kHeadDim / 2];
@@ -426,10 +466,9 @@ struct BackwardDkdvKernel {
       smem.probabilities.full(slot.stage).arrive();  // P is there for dS
     };
 
-    smem.keys_full.wait(0);  // K has landed
     if (me.at.steps > 0) {
       Cursor cursor;
-      int m_block = me.first_query_block();
+      int m_block = me.at.first_query_block();
       me.start_scores(rS, cursor);
       sm90::wgmma_wait<0>();
       finish_scores(cursor, 0, m_block);
@@ -438,10 +477,10 @@ struct BackwardDkdvKernel {
       for (int step = 1; step < me.at.steps; ++step) {
         const Cursor previous = cursor;
         cursor.advance();
-        m_block = me.next_query_block(m_block);
+        m_block = me.at.next_query_block(m_block);
         me.start_scores(rS, cursor);
         smem.dout.wait_full(previous);  // dO(i-1) has landed
-        me.multiply(rdV, rP, smem.dout, previous);
+        me.multiply(rdV, rP, me.dout_at(previous));
         sm90::wgmma_commit();
         sm90::wgmma_wait<1>();  // S(i)
         finish_scores(cursor, step, m_block);
@@ -451,17 +490,18 @@ struct BackwardDkdvKernel {
         Consumer::pack(rP, rS);
       }
       smem.dout.wait_full(cursor);  // the last dO has landed
-      me.multiply(rdV, rP, smem.dout, cursor);
+      me.multiply(rdV, rP, me.dout_at(cursor));
       sm90::wgmma_commit();
       sm90::wgmma_wait<0>();
       sm90::pin(rdV);
     }
-    me.store(args.dv, smem.k, rdV, 1.f, 0);  // only this warpgroup reads K
+    me.store(args.dv, me.k(), rdV, 1.f, 0);  // only this warpgroup reads K
     if (me.thread == 0) sm90::tma_store_wait_read();
   }
 
   EQX_DEVICE static void consume_scores(const BackwardDkdvArguments& args, const Smem& smem) {
-    const Consumer me(args, smem, 0);
+    Consumer me(args, smem, 0);
+    me.take_only_block();
     float rP[kBlockM / 2], rdP[kBlockM / 2];
     uint32_t rdS[kBlockM / 4];
     float rdK[kHeadDim / 2];
@@ -481,7 +521,6 @@ struct BackwardDkdvKernel {
       smem.probabilities.empty(slot.stage).arrive();  // the slot may be overwritten
     };
 
-    smem.keys_full.wait(0);  // V has landed
     if (me.at.steps > 0) {
       Cursor cursor;
       me.init_dp(rdP, cursor);
@@ -498,7 +537,7 @@ struct BackwardDkdvKernel {
         me.init_dp(rdP, cursor);
         smem.q.wait_full(previous);  // Q(i-1) has landed
         // dK goes first: the other warpgroup waits for the Q that takes the place of Q(i-1).
-        me.multiply(rdK, rdS, smem.q, previous);
+        me.multiply(rdK, rdS, me.q_at(previous));
         sm90::wgmma_commit();
         me.start_dp(rdP, cursor);
         sm90::wgmma_wait<1>();  // dK
@@ -511,13 +550,13 @@ struct BackwardDkdvKernel {
         Consumer::pack_product(rdS, rP, rdP);
       }
       smem.q.wait_full(cursor);  // the last Q has landed
-      me.multiply(rdK, rdS, smem.q, cursor);
+      me.multiply(rdK, rdS, me.q_at(cursor));
       sm90::wgmma_commit();
       sm90::wgmma_wait<0>();
       sm90::pin(rdK);
     }
     // Only this warpgroup reads V.
-    me.store(args.dk, smem.v, rdK, args.params.forward.softmax_scale, 1);
+    me.store(args.dk, me.v(), rdK, args.params.forward.softmax_scale, 1);
     if (me.thread == 0) sm90::tma_store_wait_read();
   }
 };

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast backward kernel: dK, dV and dQ in one pass, five products a step instead of seven.
-// Keys stay; each step's share of dQ is added in fp32 to an accumulator in L2, in whatever order
-// the thread blocks get there. The warpgroups of the keys compute dQ, each half of its columns, and
-// a warp of its own sends it off.
+//
+// A persistent thread block takes one block of keys after the other. Of its consumer warpgroups two
+// hold 64 keys each and compute dK and dV; the third takes dS from them, computes dQ and adds it in
+// fp32 to an accumulator in L2, straight from its registers, in whatever order the thread blocks
+// get there. The next block's K, V and first queries load while this one's last steps run.
 #pragma once
 
-#include "kernels/backward_dkdv.cuh"
+#include "kernels/backward_fused_steps.cuh"
 #include "kernels/dq_accumulator.cuh"
 
 namespace eqx_flash {
@@ -14,146 +16,235 @@ template <typename Element, int kHeadDim, Mask kMask>
 struct BackwardFusedKernel
     : BackwardDkdvKernel<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)> {
   using Base = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)>;
+  using Block = typename Base::Block;
   using Consumer = typename Base::Consumer;
   using Cursor = typename Base::Cursor;
+  using KeyCursor = typename Base::KeyCursor;
   using KeySlab = typename Base::KeySlab;
-  using Parts = DqParts<kHeadDim>;
   using ScoreTile = typename Base::ScoreTile;
-  static constexpr int kBlockM = Base::kBlockM;
-  static constexpr int kPartBytes = Parts::kFloats * 4;
-  static constexpr int kReducerBarrierThreads = sm90::kWarpgroup + sm90::kWarp;
+  using ScoreCursor = sm90::Cursor<Base::kTile.ds_stages>;
+  using ScoreRing = sm90::Ring<Base::kTile.ds_stages>;
+  using SlotCursor = sm90::Cursor<2>;
+  using Steps = BackwardFusedSteps<Base>;
+  static constexpr int kThreads = 4 * sm90::kWarpgroup;
+  static constexpr int kConsumerWarps = 3 * sm90::kWarpgroup / sm90::kWarp;
+  static constexpr int kProducerRegisters = 32;
+  // ptxas keeps 32 for what is no operand of wgmma; S, dP, P, dS, dK, dV take 176 at most.
+  static constexpr int kConsumerRegisters = 208;
+  static constexpr int kDqRegisters = 64;
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters + kDqRegisters <= 512);
   static_assert(!Base::kSplitOutputs);
+  // Equal blocks are dealt out in turn; causal ones, of unequal length, go to whoever is free.
+  static constexpr bool kDynamicTiles = kMask == Mask::kCausal;
+  // The next block is claimed when so many steps of this one are still to be loaded: late, so that
+  // the longest ones find whoever is free.
+  static constexpr int kClaimAhead = 4;
+  static constexpr int kDqCols = 64;  // of dQ at once: more would take the registers of the others
 
-  struct Smem : Base::Smem {
-    static constexpr uint32_t kDs = (Base::Smem::kEnd + 1023) / 1024 * 1024;
-    static constexpr uint32_t kDq = kDs + 2 * ScoreTile::kBytes;  // dS twice, see consume()
-    static constexpr int kBytes = kDq + 2 * kPartBytes + 1024;    // alignment
-    static_assert(kBytes <= kMaxSharedMemory);
-    uint32_t ds, dq;
+  // What the scheduler tells the others of a block of keys, through shared memory.
+  struct Slot {
+    static constexpr uint32_t kBytes = 32;
+    uint32_t address;
 
-    EQX_DEVICE explicit Smem(const void* dynamic) : Base::Smem(dynamic) {
-      ds = this->k + kDs;
-      dq = this->k + kDq;
+    EQX_DEVICE void write(const Block& block, bool valid) const {
+      sm90::store_shared_x4(address, valid ? block.n_block : -1, block.key_head, block.batch,
+                            block.steps);
+      sm90::store_shared_x4(address + 16, block.queries.first, block.queries.first_unmasked,
+                            block.queries.end, 0);
+    }
+    EQX_DEVICE Block read() const {  // n_block is negative: there is none left
+      const int4 where = sm90::load_shared_x4(address);
+      const int4 queries = sm90::load_shared_x4(address + 16);
+      return {where.x, where.y, where.z, {queries.x, queries.y, queries.z}, where.w};
+    }
+    EQX_DEVICE Block read_uniform() const {
+      const Block block = read();
+      return {
+          sm90::warp_uniform(block.n_block),
+          sm90::warp_uniform(block.key_head),
+          sm90::warp_uniform(block.batch),
+          {sm90::warp_uniform(block.queries.first),
+           sm90::warp_uniform(block.queries.first_unmasked), sm90::warp_uniform(block.queries.end)},
+          sm90::warp_uniform(block.steps)};
     }
   };
 
-  // One warp: sends each staged part of dQ to the accumulator.
-  EQX_DEVICE static void reduce(const BackwardDkdvArguments& args, const Smem& smem) {
-    const BackwardParams& params = args.params;
-    const ForwardParams& shape = params.forward;
-    const auto at = Base::block(args);
-    const int group = shape.heads / shape.heads_k;
-    for (int part = 0; part < 2; ++part) {  // both buffers start empty
-      sm90::named_barrier_arrive(sm90::NamedBarrier::kDqEmpty, part, kReducerBarrierThreads);
+  struct Smem : Base::Smem {
+    static constexpr uint32_t kMoreBarriers = Base::Smem::kEnd;
+    static constexpr uint32_t kSlots = kMoreBarriers + 96;
+    static constexpr int kBytes = kSlots + 2 * Slot::kBytes + Base::Smem::kAlignment;
+    static_assert(kBytes <= kMaxSharedMemory);
+    ScoreRing ds;
+    sm90::Ring<2> tile;       // the scheduler works one block ahead
+    sm90::Barrier wanted;     // the next block, by who loads this one
+    sm90::Barrier keys_read;  // dQ of a block is done with K
+
+    EQX_DEVICE explicit Smem(const void* dynamic) : Base::Smem(dynamic) {
+      const uint32_t base = this->base;
+      static_assert(ScoreRing::kBarrierBytes + sm90::Ring<2>::kBarrierBytes +
+                        2 * sm90::Barrier::kBytes <=
+                    kSlots - kMoreBarriers);
+      ds = {base + Base::Smem::kDs, ScoreTile::kBytes, base + kMoreBarriers};
+      tile = {base + kSlots, Slot::kBytes, ds.barriers + ScoreRing::kBarrierBytes};
+      wanted = {tile.barriers + sm90::Ring<2>::kBarrierBytes};
+      keys_read = {wanted.address + sm90::Barrier::kBytes};
     }
-    for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
-      const int64_t batch_head = int64_t{at.batch} * shape.heads + head;
-#pragma unroll 1
-      for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
-        for (int part = 0; part < 2; ++part) {
-          // The warpgroup has staged its part.
-          sm90::named_barrier_sync(sm90::NamedBarrier::kDqFull, part, kReducerBarrierThreads);
-          if (threadIdx.x % sm90::kWarp == 0) {
-            sm90::bulk_reduce_add(params.dq_accumulator +
-                                      Parts::offset(batch_head, params.padded_seq_q, m_block, part),
-                                  smem.dq + part * kPartBytes, kPartBytes);
-            sm90::tma_store_commit();
-            sm90::tma_store_wait_read();
-          }
-          __syncwarp();
-          // The warpgroup may stage the next part.
-          sm90::named_barrier_arrive(sm90::NamedBarrier::kDqEmpty, part, kReducerBarrierThreads);
-        }
+    EQX_DEVICE void init_barriers() const {
+      for (int stage = 0; stage < Base::kTile.ds_stages; ++stage) {
+        ds.full(stage).init(Base::kConsumerThreads);
+        ds.empty(stage).init(sm90::kWarpgroup);
       }
+      tile.init(kConsumerWarps + 1);  // and the producer
+      wanted.init(1);
+      keys_read.init(sm90::kWarpgroup);
+      Base::Smem::init_barriers();
+    }
+  };
+
+  // ----------------------------------------------------------------------------------- producers
+
+  // One thread: decides what this thread block works on, and tells the others.
+  EQX_DEVICE static void schedule(const BackwardDkdvArguments& args, const Smem& smem) {
+    if constexpr (kDynamicTiles) sm90::wait_for_previous_kernel();  // the counter is clear
+    deal_tiles<kDynamicTiles>(
+        smem.tile, smem.wanted, args.params.forward.tile_counter,
+        [&](int tile) { return Base::block(args, tile); },
+        [&](uint32_t slot, int tile, const Block& block) {
+          const bool valid = tile < args.order.total;
+          Slot{slot}.write(block, valid);
+          return valid;
+        });
+  }
+
+  // One thread: loads K and V of each block, and the queries that see them.
+  EQX_DEVICE static void produce(const BackwardDkdvArguments& args, const Smem& smem) {
+    Cursor cursor;
+    for (int tile_index = 0;; ++tile_index) {
+      const auto slot_at = SlotCursor::after(tile_index);
+      smem.tile.wait_full(slot_at);  // the block has been decided on
+      const Block at = Slot{smem.tile.buffer(slot_at.stage)}.read();
+      smem.tile.empty(slot_at.stage).arrive();  // the slot may be overwritten
+      if (at.n_block < 0) break;
+      Base::load_keys(args, smem, at, KeyCursor::after(tile_index));
+      if (tile_index == 0) {
+        sm90::wait_for_previous_kernel();  // the statistics are there, dQ's accumulator is clear
+        sm90::let_next_kernel_start();
+      }
+      const int claim = max(0, at.steps - kClaimAhead);
+      if (kDynamicTiles && at.steps == 0) smem.wanted.arrive();
+      Base::load_blocks(
+          args, at, cursor,
+          [&](int step) {
+            if (kDynamicTiles && step == claim) smem.wanted.arrive();
+          },
+          Base::queries(args, smem), Base::douts(args, smem));
     }
   }
 
+  // Calls work(tile_index, slot) for each block, by the threads of whole warps.
+  template <typename Work>
+  EQX_DEVICE static void for_each_block(const Smem& smem, Work&& work) {
+    for (int tile_index = 0;; ++tile_index) {
+      const auto slot_at = SlotCursor::after(tile_index);
+      const Slot slot{smem.tile.buffer(slot_at.stage)};
+      smem.tile.wait_full(slot_at);  // the block has been decided on
+      if (sm90::warp_uniform(slot.read().n_block) < 0) break;
+      work(tile_index, slot);
+      __syncwarp();  // every lane has read the slot
+      smem.tile.empty(slot_at.stage).arrive_if(threadIdx.x % sm90::kWarp == 0);
+    }
+  }
+
+  // --------------------------------------------------------------------------- dQ's warpgroup
+
+  EQX_DEVICE static void accumulate_dq(const BackwardDkdvArguments& args, const Smem& smem) {
+    using Parts = DqParts<kHeadDim>;
+    const ForwardParams& shape = args.params.forward;
+    const int group = shape.heads / shape.heads_k;
+    const int thread = threadIdx.x % sm90::kWarpgroup;
+    const auto ds = ScoreTile::k_major(smem.origin + Base::Smem::kDs);
+    const auto keys = KeySlab::mn_major(smem.origin + Base::Smem::kKeys);
+    ScoreCursor cursor;
+    for_each_block(smem, [&](int tile_index, Slot slot) {
+      const Block at = slot.read_uniform();
+      const auto key_at = KeyCursor::after(tile_index);
+      const auto k = keys + key_at.stage * 2 * Base::Smem::kKeyBytes;
+      smem.keys.wait_full(key_at);  // K has landed
+      for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
+        const int64_t batch_head = int64_t{at.batch} * shape.heads + head;
+        int m_block = at.first_query_block();
+#pragma unroll 1
+        for (int left = at.queries.end - at.queries.first; left > 0; --left) {
+          float* to = args.params.dq_accumulator +
+                      Parts::offset(batch_head, args.params.padded_seq_q, m_block) + thread * 4;
+          smem.ds.wait_full(cursor);  // both warpgroups have stored their keys of dS
+#pragma unroll
+          for (int part = 0; part < kHeadDim / kDqCols; ++part) {
+            float rdQ[kDqCols / 2];
+            sm90::wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < Base::kBlockN / 16; ++i) {  // dQ = dS K
+              const int step = (i / 4) * KeySlab::kBytes + KeySlab::mn_major_step(i % 4) +
+                               part * KeySlab::kSlabBytes;
+              sm90::WgmmaAtom<Element, kDqCols, sm90::Major::kMN>::shared(
+                  rdQ,
+                  (ds + (cursor.stage * ScoreTile::kBytes + ScoreTile::k_major_step(i))).bits(),
+                  (k + step).bits(), i > 0);
+            }
+            sm90::wgmma_commit();
+            sm90::wgmma_wait<0>();
+            sm90::pin(rdQ);
+            if (part == kHeadDim / kDqCols - 1) {
+              smem.ds.empty(cursor.stage).arrive();  // the stage may take another dS
+            }
+#pragma unroll
+            for (int i = 0; i < kDqCols / 8; ++i) {
+              sm90::reduce_add_x4(to + i * 4 * sm90::kWarpgroup, rdQ + 4 * i);
+            }
+            to += Parts::kBlockM * kDqCols;
+          }
+          cursor.advance();
+          m_block = at.next_query_block(m_block);
+        }
+      }
+      smem.keys_read.arrive();  // K's buffer may take dK
+    });
+  }
+
+  // ------------------------------------------------------------------- the warpgroups of the keys
+
   EQX_DEVICE static void consume(const BackwardDkdvArguments& args, const Smem& smem,
                                  int warpgroup) {
-    const Consumer me(args, smem, warpgroup);
-    float rS[kBlockM / 2], rdP[kBlockM / 2];
-    uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
+    Consumer me(args, smem, warpgroup);
+    Steps steps(me, smem.ds);
     float rdK[kHeadDim / 2], rdV[kHeadDim / 2];
+    if (warpgroup == 1) steps.pass_turn();  // warpgroup 0 goes first
+    for_each_block(smem, [&](int tile_index, Slot slot) {
+      me.take(slot.read_uniform(), KeyCursor::after(tile_index));
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.f;
-
-    auto start_dq = [&](float (&rdQ)[Parts::kCols / 2], uint32_t ds) {  // dQ = dS K
-      const auto a = ScoreTile::k_major(ds);
-      const int cols = warpgroup * Parts::kCols;
-      const auto b = KeySlab::mn_major(smem.k) + (cols / 64 * KeySlab::kSlabBytes + cols % 64 * 2);
-      sm90::wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < Base::kBlockN / 16; ++k) {
-        const int keys = (k / 4) * KeySlab::kBytes + KeySlab::mn_major_step(k % 4);
-        sm90::WgmmaAtom<Element, Parts::kCols, sm90::Major::kMN>::shared(
-            rdQ, (a + ScoreTile::k_major_step(k)).bits(), (b + keys).bits(), k > 0);
-      }
-      sm90::wgmma_commit();
-    };
-    auto stage_dq = [&](const float (&rdQ)[Parts::kCols / 2]) {
-      // The reducer has read the previous part.
-      sm90::named_barrier_sync(sm90::NamedBarrier::kDqEmpty, warpgroup, kReducerBarrierThreads);
-      const uint32_t part = smem.dq + warpgroup * kPartBytes + me.thread * 16;
-#pragma unroll
-      for (int i = 0; i < Parts::kCols / 8; ++i) {
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(part + i * 2048),
-                     "f"(rdQ[4 * i]), "f"(rdQ[4 * i + 1]), "f"(rdQ[4 * i + 2]), "f"(rdQ[4 * i + 3])
-                     : "memory");
-      }
-      sm90::fence_async_proxy();
-      // The part is staged.
-      sm90::named_barrier_arrive(sm90::NamedBarrier::kDqFull, warpgroup, kReducerBarrierThreads);
-    };
-
-    smem.keys_full.wait(0);  // K and V have landed
-    Cursor cursor;
-    int m_block = me.first_query_block();
-#pragma unroll 1
-    for (int step = 0; step < me.at.steps; ++step) {
-      // Two buffers: one warpgroup may write the next dS while the other still multiplies this one.
-      const uint32_t ds = smem.ds + (step % 2) * ScoreTile::kBytes;
-      me.init_dp(rdP, cursor);
-      me.start_scores(rS, cursor);
-      me.start_dp(rdP, cursor);
-      sm90::wgmma_wait<1>();  // S
-      me.probabilities(rS, cursor, m_block);
-      sm90::wgmma_wait<0>();  // dP
-      sm90::pin(rdP);
-      sm90::pin(rS);  // packing earlier would need more registers than there are
-      Consumer::pack(rP, rS);
-      Consumer::pack_product(rdS, rS, rdP);
-      me.multiply(rdV, rP, smem.dout, cursor);  // dV += P^T dO
-      sm90::wgmma_commit();
-      me.store_ds(ds, rdS);
-      // Both halves of dS are in shared memory.
-      sm90::named_barrier_sync(sm90::NamedBarrier::kDsReady, 0, 2 * sm90::kWarpgroup);
-      float rdQ[Parts::kCols / 2];
-      start_dq(rdQ, ds);
-      sm90::wgmma_wait<1>();  // dV
-      sm90::pin(rdV);
-      me.release(smem.dout, cursor);          // the producer may refill dO
-      me.multiply(rdK, rdS, smem.q, cursor);  // dK += dS^T Q
-      sm90::wgmma_commit();
-      sm90::wgmma_wait<1>();  // dQ
-      sm90::pin(rdQ);
-      stage_dq(rdQ);
-      sm90::wgmma_wait<0>();  // dK
-      sm90::pin(rdK);
-      me.release(smem.q, cursor);  // the producer may refill Q
-      cursor.advance();
-      m_block = me.next_query_block(m_block);
-    }
-    // The other warpgroup reads all of K for dQ: wait for it before K's slab takes dK.
-    sm90::named_barrier_sync(sm90::NamedBarrier::kDsReady, 0, 2 * sm90::kWarpgroup);
-    const uint32_t slab = warpgroup * KeySlab::kBytes;
-    me.store(args.dv, smem.v + slab, rdV, 1.f, warpgroup);
-    me.store(args.dk, smem.k + slab, rdK, args.params.forward.softmax_scale, warpgroup);
+      for (int i = 0; i < kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.f;
+      // Beside the first scores, and not at the end of the block before: its stores take a while.
+      auto release_last_keys = [&] {
+        if (tile_index == 0) return;
+        if (me.thread == 0) {
+          sm90::tma_store_wait_read();
+          // The producer may refill this slab of K and V.
+          smem.keys.empty(KeyCursor::after(tile_index - 1).stage).arrive();
+        }
+        __syncwarp();
+      };
+      steps.run(rdK, rdV, release_last_keys);
+      me.at = slot.read_uniform();  // again: the loop has no registers for what it does not need
+      me.store(args.dv, me.v(), rdV, 1.f, warpgroup);
+      smem.keys_read.wait(tile_index % 2);  // dQ is done with K
+      me.store(args.dk, me.k(), rdK, args.params.forward.softmax_scale, warpgroup);
+    });
     if (me.thread == 0) sm90::tma_store_wait_read();  // shared memory must outlive the stores
   }
 };
 
 template <typename Element, int kHeadDim, Mask kMask>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
+__global__ void __launch_bounds__(BackwardFusedKernel<Element, kHeadDim, kMask>::kThreads, 1)
     backward_fused_kernel(const __grid_constant__ BackwardDkdvArguments args) {
   using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
   extern __shared__ uint8_t dynamic_smem[];
@@ -162,12 +253,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   if (threadIdx.x == 0) smem.init_barriers();
   __syncthreads();
   if (warpgroup == 0) {
-    sm90::shrink_registers<kBackwardProducerRegisters>();
-    const int warp = sm90::warp_uniform(threadIdx.x / sm90::kWarp);
-    if (threadIdx.x == 0) Kernel::produce(args, smem);
-    if (warp == 1) Kernel::reduce(args, smem);
+    sm90::shrink_registers<Kernel::kProducerRegisters>();
+    if (threadIdx.x == 0) Kernel::schedule(args, smem);
+    if (threadIdx.x == sm90::kWarp) Kernel::produce(args, smem);
+  } else if (warpgroup == 3) {
+    sm90::shrink_registers<Kernel::kDqRegisters>();
+    Kernel::accumulate_dq(args, smem);
   } else {
-    sm90::grow_registers<kBackwardConsumerRegisters>();
+    sm90::grow_registers<Kernel::kConsumerRegisters>();
     Kernel::consume(args, smem, warpgroup - 1);
   }
 }

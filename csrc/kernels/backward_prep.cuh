@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the backward kernels need of each query row: the log-sum-exp in base 2, and
 // dlse - rowsum(dO * O), which every dS of the row starts from (FlashAttention-2, section 3.1.2).
-// On the way it clears the accumulator of dQ, if there is one.
+// On the way it clears the accumulator of dQ, if there is one, and the counter of tiles.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(PrepTile<kLanes>::kThreads, 6)
   const int64_t batch_head = int64_t{batch} * shape.heads + head;
   const int64_t row = batch_head * params.padded_seq_q + seq;
 
+  if (block == 0 && threadIdx.x == 0) *shape.tile_counter = 0;
   if (params.dq_accumulator != nullptr) {  // 32 bytes a thread cover it exactly
     auto* zero = reinterpret_cast<float4*>(params.dq_accumulator) + 2 * (row * kLanes + lane);
     zero[0] = zero[1] = make_float4(0.f, 0.f, 0.f, 0.f);

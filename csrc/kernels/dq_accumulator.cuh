@@ -19,7 +19,8 @@ struct DqParts {
   static constexpr int kFloats = kBlockM * kCols;
   static_assert(kBlockM == kWarpgroupRows);
 
-  EQX_DEVICE static int64_t offset(int64_t batch_head, int padded_seq_q, int m_block, int part) {
+  EQX_DEVICE static int64_t offset(int64_t batch_head, int padded_seq_q, int m_block,
+                                   int part = 0) {
     return (batch_head * padded_seq_q + int64_t{m_block} * kBlockM) * kHeadDim + part * kFloats;
   }
 };

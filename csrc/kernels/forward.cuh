@@ -131,21 +131,15 @@ struct ForwardKernel {
 
   // One thread: decides what this thread block works on, and tells the others.
   EQX_DEVICE static void schedule(const ForwardArguments& args, const Smem& smem) {
-    int tile = blockIdx.x;
-    for (int tile_index = 0;; ++tile_index) {
-      const auto slot_at = SlotCursor::after(tile_index);
-      const WorkTile work = decode_tile<kMask, kBlockM, kBlockN>(args.order, args.params, tile);
-      smem.tile.wait_empty(slot_at);  // all have read the tile before the last
-      TileSlot{smem.tile.buffer(slot_at.stage)}.write(work);
-      smem.tile.full(slot_at.stage).arrive();
-      if (!work.valid) break;
-      if constexpr (kDynamicTiles) {
-        smem.wanted.wait(tile_index % 2);  // most of this tile has been asked for
-        tile = gridDim.x + atomicAdd(args.params.tile_counter, 1);
-      } else {
-        tile += gridDim.x;
-      }
-    }
+    deal_tiles<kDynamicTiles>(
+        smem.tile, smem.wanted, args.params.tile_counter,
+        [&](int tile) {
+          return decode_tile<kMask, kBlockM, kBlockN>(args.order, args.params, tile);
+        },
+        [&](uint32_t slot, int, const WorkTile& work) {
+          TileSlot{slot}.write(work);
+          return work.valid;
+        });
   }
 
   // Calls load(tile_index, extent, place) for each tile, by one thread.

@@ -8,6 +8,7 @@
 #include "kernels/mask.cuh"
 #include "params.h"
 #include "sm90/barrier.cuh"
+#include "sm90/registers.cuh"
 #include "tile_config.h"
 
 namespace eqx_flash {
@@ -119,31 +120,40 @@ struct TileSlot {
 
   EQX_DEVICE void write(const WorkTile& work) const {
     const int m_block = work.valid ? work.m_block : -1;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};" ::"r"(address), "r"(m_block),
-                 "r"(work.keys.count), "r"(work.keys.first_masked)
-                 : "memory");
-    asm volatile("st.shared.v4.b32 [%0 + 16], {%1, %2, %3, %4};" ::"r"(address),
-                 "r"(work.batch_head), "r"(work.head), "r"(work.batch), "r"(work.m_block)
-                 : "memory");
+    sm90::store_shared_x4(address, m_block, work.keys.count, work.keys.first_masked, 0);
+    sm90::store_shared_x4(address + 16, work.batch_head, work.head, work.batch, work.m_block);
   }
   EQX_DEVICE Extent extent() const {
-    const int4 words = load(0);
+    const int4 words = sm90::load_shared_x4(address);
     return {words.x, {words.y, words.z}};
   }
   EQX_DEVICE Place place() const {
-    const int4 words = load(16);
+    const int4 words = sm90::load_shared_x4(address + 16);
     return {words.x, words.y, words.z, words.w};
   }
-
- private:
-  EQX_DEVICE int4 load(int offset) const {
-    int4 words;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(address + offset)
-                 : "memory");
-    return words;
-  }
 };
+
+// One thread decides on this thread block's tiles, one ahead of the others, who read of it in a
+// ring of slots: write(slot, tile, decode(tile)) says whether there is such a tile. The first ones
+// are given; the next are the counter's, asked for when `wanted` says so, or every gridDim.x-th.
+template <bool kDynamic, typename Decode, typename Write>
+EQX_DEVICE void deal_tiles(const sm90::Ring<2>& slots, sm90::Barrier wanted, int* counter,
+                           Decode&& decode, Write&& write) {
+  int tile = blockIdx.x;
+  for (int tile_index = 0;; ++tile_index) {
+    const auto slot_at = sm90::Cursor<2>::after(tile_index);
+    const auto work = decode(tile);
+    slots.wait_empty(slot_at);  // all have read the tile before the last
+    const bool valid = write(slots.buffer(slot_at.stage), tile, work);
+    slots.full(slot_at.stage).arrive();
+    if (!valid) break;
+    if constexpr (kDynamic) {
+      wanted.wait(tile_index % 2);  // most of this tile has been asked for
+      tile = gridDim.x + atomicAdd(counter, 1);
+    } else {
+      tile += gridDim.x;
+    }
+  }
+}
 
 }  // namespace eqx_flash

@@ -101,13 +101,9 @@ struct Ring {
 
 // Hardware barriers of a block, by number. The numbers of a group of warpgroups follow each other.
 enum class NamedBarrier : int {
-  kBlock = 0,      // __syncthreads
-  kTurn = 1,       // + consumer warpgroup: its turn on the tensor cores
-  kEpilogue = 5,   // + consumer warpgroup: its four warps agree on the output slab
-  kDsReady = 8,    // both halves of dS are in shared memory
-  kDqFull = 9,     // + consumer warpgroup: its part of dQ waits to be reduced
-  kDqEmpty = 11,   // + consumer warpgroup: the reducer has read it
-  kKeysRead = 13,  // dQ's warpgroup is done with K
+  kBlock = 0,     // __syncthreads
+  kTurn = 1,      // + consumer warpgroup: its turn on the tensor cores
+  kEpilogue = 5,  // + consumer warpgroup: its four warps agree on the output slab
 };
 
 EQX_DEVICE void named_barrier_sync(NamedBarrier first, int offset, int threads) {

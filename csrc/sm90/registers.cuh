@@ -43,6 +43,21 @@ EQX_DEVICE uint32_t pack<__half>(float low, float high) {
   return pair;
 }
 
+// The two values of a pair, exactly.
+template <typename Element>
+EQX_DEVICE float2 unpack(uint32_t pair);
+template <>
+EQX_DEVICE float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  float2 values;
+  asm("mov.b32 %0, %1;" : "=f"(values.x) : "r"(pair << 16));
+  asm("mov.b32 %0, %1;" : "=f"(values.y) : "r"(pair & 0xffff0000u));
+  return values;
+}
+template <>
+EQX_DEVICE float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // Adds four consecutive floats to global memory, without waiting.
 EQX_DEVICE void reduce_add_x4(float* destination, const float* values) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "f"(values[0]),
@@ -58,6 +73,21 @@ EQX_DEVICE float2 load_shared_pair(uint32_t address) {
                : "r"(address)
                : "memory");
   return pair;
+}
+
+// Four words of shared memory.
+EQX_DEVICE int4 load_shared_x4(uint32_t address) {
+  int4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+EQX_DEVICE void store_shared_x4(uint32_t address, int x, int y, int z, int w) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z),
+               "r"(w)
+               : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

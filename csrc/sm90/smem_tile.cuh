@@ -12,6 +12,9 @@ namespace eqx_flash::sm90 {
 struct Descriptor {
   uint32_t low;
 
+  // Of an address alone; SmemTile adds how its operands lie from there.
+  EQX_DEVICE static Descriptor origin(uint32_t address) { return {address >> 4}; }
+
   EQX_DEVICE Descriptor operator+(int bytes) const {
     return {low + (static_cast<uint32_t>(bytes) >> 4)};
   }
@@ -38,14 +41,18 @@ struct SmemTile {
   static_assert(kCols % kSlabCols == 0 && kRows % 8 == 0);
 
   // The columns are the k axis of the product (Q and K in S = Q K^T).
-  EQX_DEVICE static Descriptor k_major(uint32_t base) { return encode(base, 16); }
+  EQX_DEVICE static Descriptor k_major(uint32_t base) { return k_major(Descriptor::origin(base)); }
+  EQX_DEVICE static Descriptor k_major(Descriptor at) { return with_leading(at, 16); }
   static constexpr int k_major_step(int k) {
     constexpr int kStepsPerSlab = kSlabCols / kMmaK;
     return (k / kStepsPerSlab) * kSlabBytes + (k % kStepsPerSlab) * kMmaK * 2;
   }
 
   // The rows are the k axis (V in O = P V). One descriptor spans all slabs.
-  EQX_DEVICE static Descriptor mn_major(uint32_t base) { return encode(base, kSlabBytes); }
+  EQX_DEVICE static Descriptor mn_major(uint32_t base) {
+    return mn_major(Descriptor::origin(base));
+  }
+  EQX_DEVICE static Descriptor mn_major(Descriptor at) { return with_leading(at, kSlabBytes); }
   static constexpr int mn_major_step(int k) { return k * kMmaK * 128; }
 
   // Byte offset of the 16-byte piece `piece` (of 8 elements) of a row: what TMA's 128-byte swizzle
@@ -55,8 +62,9 @@ struct SmemTile {
   }
 
  private:
-  EQX_DEVICE static Descriptor encode(uint32_t base, uint32_t leading_bytes) {
-    return {((base & 0x3ffff) >> 4) | ((leading_bytes >> 4) << 16)};
+  EQX_DEVICE static Descriptor with_leading(Descriptor at, uint32_t leading_bytes) {
+    return {at.low +
+            ((leading_bytes >> 4) << 16)};  // an address has 14 bits, counted from 16 bytes
   }
 };
 
