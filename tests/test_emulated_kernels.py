@@ -217,7 +217,7 @@ MUTATIONS = {
             "a release is missing", FORWARD,
             "smem.tile.empty(SlotCursor::after(index).stage).arrive_if(elected);",
             message=r"deadlock; warp 0 \(lanes: 1\) waits for phase 0 of the mbarrier at \d+ at "
-            r"kernels/forward.cuh:\d+; .*; warp 4 \(lanes: 32\) waits for",
+            r"kernels/scheduler.cuh:\d+; .*; warp 4 \(lanes: 32\) waits for",
         ),
         Mutation(
             "one release too many", FORWARD,

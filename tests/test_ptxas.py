@@ -149,8 +149,7 @@ def kernels() -> list[sass.Kernel]:
         ("forward_kernel", {64, 128, 256}),
         ("backward_dkdv_kernel", {64, 128, 256}),
         ("backward_dq_kernel", {64, 128, 256}),
-        ("backward_fused_kernel", {128}),
-        ("backward_fused_dq_warpgroup_kernel", {64}),
+        ("backward_fused_kernel", {64, 128}),
     ],
 )
 def test_every_kernel_is_there(kernels, name, head_dims):

@@ -105,15 +105,15 @@ struct BackwardDkdvKernel {
     QueryBlocks queries;
     int steps;  // query blocks of all heads of the group
 
-    // The first query block, and the one after another: in turn, from where the first keys of
-    // those abreast are, if there is a choice.
-    EQX_DEVICE int first_query_block() const {
-      if constexpr (!kRotates) return queries.first;
-      const int group_begin = n_block - n_block % kTile.keys_abreast;
-      return group_begin * (kBlockN / kBlockM) % queries.end;
+    // The query block that has the turn of `m_block`: as far on as the first keys of those abreast.
+    EQX_DEVICE int rotated(int m_block) const {
+      if constexpr (!kRotates) return m_block;
+      const int group = n_block / kTile.keys_abreast;
+      return (m_block + group * kTile.keys_abreast * (kBlockN / kBlockM)) % queries.end;
     }
+    EQX_DEVICE int first_query_block() const { return rotated(queries.first); }
     EQX_DEVICE int next_query_block(int m_block) const {
-      return m_block + 1 < queries.end ? m_block + 1 : queries.first;
+      return m_block + 1 < queries.end ? m_block + 1 : queries.first;  // next head
     }
   };
   EQX_DEVICE static Block block(const BackwardDkdvArguments& args, int index) {
@@ -203,16 +203,17 @@ struct BackwardDkdvKernel {
                        full.address, {s * QueryTile::kSlabCols, m_block * kBlockM, head, at.batch});
       }
     };
-    const int first = at.first_query_block();
     int head = at.key_head * (shape.heads / shape.heads_k);
-    int m_block = first;
+    int m_block = at.queries.first;
 #pragma unroll 1
     for (int step = 0; step < at.steps; ++step) {
       before_step(step);
-      (load(streams, m_block, head), ...);
+      (load(streams, at.rotated(m_block), head), ...);
       cursor.advance();
-      m_block = at.next_query_block(m_block);
-      if (m_block == first) ++head;  // the next one of the group
+      if (++m_block == at.queries.end) {  // the next head of the group
+        m_block = at.queries.first;
+        ++head;
+      }
     }
   }
 

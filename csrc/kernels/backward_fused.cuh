@@ -172,11 +172,15 @@ struct BackwardFusedKernel
       smem.keys.wait_full(key_at);  // K has landed
       for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
         const int64_t batch_head = int64_t{at.batch} * shape.heads + head;
-        int m_block = at.first_query_block();
+        auto block_of = [&](int m_block) {
+          return args.params.dq_accumulator +
+                 Parts::offset(batch_head, args.params.padded_seq_q, at.rotated(m_block)) +
+                 thread * 4;
+        };
+        float* to = block_of(at.queries.first);
 #pragma unroll 1
-        for (int left = at.queries.end - at.queries.first; left > 0; --left) {
-          float* to = args.params.dq_accumulator +
-                      Parts::offset(batch_head, args.params.padded_seq_q, m_block) + thread * 4;
+        for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
+          if constexpr (Base::kRotates) to = block_of(m_block);
           smem.ds.wait_full(cursor);  // both warpgroups have stored their keys of dS
 #pragma unroll
           for (int part = 0; part < kHeadDim / kDqCols; ++part) {
@@ -204,7 +208,6 @@ struct BackwardFusedKernel
             to += Parts::kBlockM * kDqCols;
           }
           cursor.advance();
-          m_block = at.next_query_block(m_block);
         }
       }
       smem.keys_read.arrive();  // K's buffer may take dK

@@ -74,7 +74,7 @@ struct BackwardFusedSteps {
     float rS[kBlockM / 2], rdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
     uint32_t rV[kHeadDim / 4];  // for good, since it spares shared memory; no room for K, too
-    int m_block = me.at.first_query_block();
+    int m_block = me.at.queries.first;
 
     auto start_dp = [&] {              // dP^T = V dO^T
       me.smem.dout.wait_full(cursor);  // dO and delta have landed
@@ -155,7 +155,7 @@ struct BackwardFusedSteps {
                             BesideFirstScores&& beside_first_scores) {
     float rS[kBlockM / 2];     // S, then P, then dP
     uint32_t rP[kBlockM / 4];  // P, then dS
-    int m_block = me.at.first_query_block();
+    int m_block = me.at.queries.first;
 
     auto start_dp = [&] {  // dP^T = V dO^T
       const auto v = KeySlab::k_major(me.v_at());
