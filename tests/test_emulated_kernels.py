@@ -263,7 +263,6 @@ MUTATIONS = {
         Mutation("dS is overwritten", STEPS, "ds.wait_empty(ds_cursor);"),
         Mutation("dK overwrites K", FUSED, "smem.keys_read.wait(tile_index % 2);"),
         Mutation("keys overwrite gradients", FUSED, "sm90::tma_store_wait_read();\n          //"),
-        Mutation("keys overwrite keys", DKDV, "smem.keys.wait_empty(key_at);"),
         Mutation("no fence after dS", STEPS, "sm90::fence_async_proxy();"),
         Mutation("queries overwrite queries", DKDV, "from.ring.wait_empty(cursor);"),
     ),
