@@ -28,10 +28,12 @@ struct BackwardFusedKernel
   using Steps = BackwardFusedSteps<Base>;
   static constexpr int kThreads = 4 * sm90::kWarpgroup;
   static constexpr int kConsumerWarps = 3 * sm90::kWarpgroup / sm90::kWarp;
-  static constexpr int kProducerRegisters = 32;
-  // ptxas keeps 32 for what is no operand of wgmma; S, dP, P, dS, dK, dV take 176 at most.
+  // ptxas gives wgmma's operands all but 32 of a thread's registers: 176 for S, dP, P, dS, dK and
+  // dV, and V at head dim 64; 32 for dQ, of which therefore 64 columns are computed at once.
   static constexpr int kConsumerRegisters = 208;
   static constexpr int kDqRegisters = 64;
+  static constexpr int kDqCols = 64;
+  static constexpr int kProducerRegisters = 32;  // 24 would do for loads, but not for the scheduler
   static_assert(kProducerRegisters + 2 * kConsumerRegisters + kDqRegisters <= 512);
   static_assert(!Base::kSplitOutputs);
   // Equal blocks are dealt out in turn; causal ones, of unequal length, go to whoever is free.
@@ -39,7 +41,6 @@ struct BackwardFusedKernel
   // The next block is claimed when so many steps of this one are still to be loaded: late, so that
   // the longest ones find whoever is free.
   static constexpr int kClaimAhead = 4;
-  static constexpr int kDqCols = 64;  // of dQ at once: more would take the registers of the others
 
   // What the scheduler tells the others of a block of keys, through shared memory.
   struct Slot {
@@ -180,7 +181,7 @@ struct BackwardFusedKernel
         float* to = block_of(at.queries.first);
 #pragma unroll 1
         for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
-          if constexpr (Base::kRotates) to = block_of(m_block);
+          if constexpr (Base::kRotates) to = block_of(m_block);  // see backward_fused_tile
           smem.ds.wait_full(cursor);  // both warpgroups have stored their keys of dS
 #pragma unroll
           for (int part = 0; part < kHeadDim / kDqCols; ++part) {
