@@ -143,7 +143,7 @@ def tests(session: Session, jobs: int, quick: bool, keyword: str) -> None:
     for title, run in (("tests", others), ("primitives", primitives)):
         verdict, output = session.finish(title, run, LIMITS["tests"])
         session.say(f"{title}: {verdict}, {_last_line(output)}")
-        for line in re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)[:25]:
+        for line in _failures(output)[:25]:
             session.say(f"  {line[:220]}")
     collect_sweep(session)
     witness = session.record / "command_buffer.txt"
@@ -214,7 +214,7 @@ def _start_pytest(session: Session, stage: str, *arguments: object) -> subproces
     common = [
         "-o",
         "pythonpath=cmake tools",
-        "-q",
+        "-v",  # names what has run by the time limit
         "-W",
         "default",
         "-p",
@@ -228,6 +228,12 @@ def _start_pytest(session: Session, stage: str, *arguments: object) -> subproces
         sys.executable, "-P", "-m", "pytest", *common, *arguments,
         XLA_PYTHON_CLIENT_PREALLOCATE="false",
     )  # fmt: skip
+
+
+def _failures(output: str) -> list[str]:
+    """From the report at the end or, if the time ended before it, from the tests' own lines."""
+    at_end = re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)
+    return at_end or re.findall(r"(?:^\[gw\d+\].* FAILED .*|^\S+ FAILED .*)", output, re.MULTILINE)
 
 
 def _last_line(output: str) -> str:
