@@ -13,7 +13,7 @@ import emulated_kernels
 import numpy as np
 import pytest
 from common import quick_compilation
-from emulated_kernels import Case, Cases, Checker, Kernel, tune_build
+from emulated_kernels import Case, Cases, Checker, Kernel
 from emulator import translate
 
 CSRC = emulated_kernels.ROOT / "csrc"
