@@ -149,8 +149,8 @@ struct BackwardFusedSteps {
 
   // ----------------------------------------------------------------------------- head dim 128
 
-  // dP takes the registers of S, dS those of P. Step i: S(i) and dK(i-1), behind which the
-  // exponentials hide; dP(i) and dV(i); then dS(i), while the tensor cores are the others'.
+  // dP takes the registers of S, dS those of P. Step i: S(i) and dK(i-1); the exponentials; dP(i)
+  // and dV(i); dS(i). In between the tensor cores are the others'.
   template <typename BesideFirstScores>
   EQX_DEVICE void run_tight(float (&rdK)[kHeadDim / 2], float (&rdV)[kHeadDim / 2],
                             BesideFirstScores&& beside_first_scores) {
