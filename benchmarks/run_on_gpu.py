@@ -143,7 +143,7 @@ def tests(session: Session, jobs: int, quick: bool, keyword: str) -> None:
     for title, run in (("tests", others), ("primitives", primitives)):
         verdict, output = session.finish(title, run, LIMITS["tests"])
         session.say(f"{title}: {verdict}, {_last_line(output)}")
-        for line in _failures(output)[:25]:
+        for line in failures(output)[:25]:
             session.say(f"  {line[:220]}")
     collect_sweep(session)
     witness = session.record / "command_buffer.txt"
@@ -230,7 +230,7 @@ def _start_pytest(session: Session, stage: str, *arguments: object) -> subproces
     )  # fmt: skip
 
 
-def _failures(output: str) -> list[str]:
+def failures(output: str) -> list[str]:
     """From the report at the end or, if the time ended before it, from the tests' own lines."""
     at_end = re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)
     return at_end or re.findall(r"(?:^\[gw\d+\].* FAILED .*|^\S+ FAILED .*)", output, re.MULTILINE)

@@ -137,7 +137,7 @@ constexpr BackwardTile backward_fused_tile(int head_dim) {
   switch (head_dim) {
     case 64:
       // 128 queries a step would not leave registers for S and dP (C7512). The third stage is worth
-      // 8 %. Blocks of keys that are not abreast lose 2 to 9 %.
+      // 8 %. Eight abreast, as at head dim 128, lose 2 to 9 %.
       return {.block_m = 64,
               .block_n = 128,
               .k_stages = 3,

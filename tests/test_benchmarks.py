@@ -381,3 +381,20 @@ def test_table_of_variants(tune_run):
         ["wide", "500.0", "1.250", "480.0", "0.800", "1.000"],
         ["fa3", "-", "660.0", "1.100", "1.100"],
     ]
+
+
+LINE = "[gw2] [ 23%] FAILED tests/a.py::test_x[1] "
+REPORT = "FAILED tests/a.py::test_x[1] - assert 0\n1 failed, 2 passed in 3 s\n"
+
+
+@pytest.mark.parametrize(
+    "output, expected",
+    [
+        ("tests/a.py::test_x[0] PASSED [ 50%]\n", []),
+        ("tests/a.py::test_x[1] FAILED [ 50%]\n", ["tests/a.py::test_x[1] FAILED [ 50%]"]),
+        (LINE + "\n", [LINE]),
+        (LINE + "\n" + REPORT, [REPORT.splitlines()[0]]),
+    ],
+)
+def test_failures_are_named_also_without_a_report(report, output, expected):
+    assert importlib.import_module("run_on_gpu").failures(output) == expected

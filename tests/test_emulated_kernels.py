@@ -259,7 +259,7 @@ MUTATIONS = {
     ("backward", 64): (
         Mutation("S is not waited for", STEPS, "sm90::wgmma_wait<2>();  // S(i)"),
         Mutation("dP is not waited for", STEPS, "sm90::wgmma_wait<0>();  // dP(0)"),
-        Mutation("Q is released early", STEPS, "sm90::wgmma_wait<0>();  // dK, and dP(i)"),
+        Mutation("Q is released early", STEPS, "sm90::wgmma_wait<0>();  // dK, and all before it"),
         Mutation("dS is overwritten", STEPS, "ds.wait_empty(ds_cursor);"),
         Mutation("dK overwrites K", FUSED, "smem.keys_read.wait(tile_index % 2);"),
         Mutation("keys overwrite gradients", FUSED, "sm90::tma_store_wait_read();\n          //"),

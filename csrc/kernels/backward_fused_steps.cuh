@@ -14,7 +14,6 @@ struct BackwardFusedSteps {
   using Element = typename Base::ElementType;
   using KeySlab = typename Base::KeySlab;
   using QueryTile = typename Base::QueryTile;
-  using ScoreTile = typename Base::ScoreTile;
   using ScoreCursor = sm90::Cursor<Base::kTile.ds_stages>;
   using Stats = typename Consumer::Stats;
   static constexpr int kBlockM = Base::kBlockM;
@@ -51,6 +50,17 @@ struct BackwardFusedSteps {
     ds_cursor.advance();
   }
 
+  EQX_DEVICE void start_dk(float (&rdK)[kHeadDim / 2], const uint32_t (&rdS)[kBlockM / 4],
+                           Cursor at) const {  // dK += dS^T Q
+    me.multiply(rdK, rdS, me.q_at(at));
+    sm90::wgmma_commit();
+  }
+  EQX_DEVICE void finish_dk(float (&rdK)[kHeadDim / 2], Cursor at) const {
+    sm90::wgmma_wait<0>();  // dK, and all before it
+    sm90::pin(rdK);
+    me.release(me.smem.q, at);  // the producer may refill Q
+  }
+
   // All steps of a block of keys. Calls beside_first_scores() when those are in flight.
   template <typename BesideFirstScores>
   EQX_DEVICE void run(float (&rdK)[kHeadDim / 2], float (&rdV)[kHeadDim / 2],
@@ -83,15 +93,6 @@ struct BackwardFusedSteps {
       sm90::mma_registers_k_major<Element, QueryTile>(rdP, rV,
                                                       QueryTile::k_major(me.dout_at(cursor)));
       sm90::wgmma_commit();
-    };
-    auto start_dk = [&](Cursor at) {  // dK += dS^T Q
-      me.multiply(rdK, rdS, me.q_at(at));
-      sm90::wgmma_commit();
-    };
-    auto finish_dk = [&](Cursor at) {
-      sm90::wgmma_wait<0>();  // dK, and dP(i) before it
-      sm90::pin(rdK);
-      me.release(me.smem.q, at);  // the producer may refill Q
     };
     // dV, beside which dS is computed and stored.
     auto finish_step = [&] {
@@ -134,16 +135,16 @@ struct BackwardFusedSteps {
       wait_turn();
       me.start_scores(rS, cursor);
       start_dp();
-      start_dk(previous);
+      start_dk(rdK, rdS, previous);
       pass_turn();
       sm90::wgmma_wait<2>();  // S(i)
       me.probabilities(rS, cursor, m_block);
-      finish_dk(previous);
+      finish_dk(rdK, previous);
       sm90::pin(rdP);
       finish_step();
     }
-    start_dk(cursor);
-    finish_dk(cursor);
+    start_dk(rdK, rdS, cursor);
+    finish_dk(rdK, cursor);
     cursor.advance();
   }
 
@@ -173,15 +174,6 @@ struct BackwardFusedSteps {
             k > 0 || never);
       }
       sm90::wgmma_commit();
-    };
-    auto start_dk = [&](Cursor at) {  // dK += dS^T Q
-      me.multiply(rdK, rP, me.q_at(at));
-      sm90::wgmma_commit();
-    };
-    auto finish_dk = [&](Cursor at) {
-      sm90::wgmma_wait<0>();  // dK
-      sm90::pin(rdK);
-      me.release(me.smem.q, at);  // the producer may refill Q
     };
     auto finish_step = [&] {
       sm90::pin(rS);
@@ -221,18 +213,18 @@ struct BackwardFusedSteps {
       m_block = me.at.next_query_block(m_block);
       wait_turn();
       me.start_scores(rS, cursor);
-      start_dk(previous);
+      start_dk(rdK, rP, previous);
       pass_turn();
       hand_over_ds();
       me.load_stats(lse, me.smem.lse_log2, cursor);
       sm90::wgmma_wait<1>();  // S(i)
       me.probabilities(rS, lse, m_block);
-      finish_dk(previous);
+      finish_dk(rdK, previous);
       finish_step();
     }
-    start_dk(cursor);
+    start_dk(rdK, rP, cursor);
     hand_over_ds();
-    finish_dk(cursor);
+    finish_dk(rdK, cursor);
     cursor.advance();
   }
 };

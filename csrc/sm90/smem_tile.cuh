@@ -63,8 +63,8 @@ struct SmemTile {
 
  private:
   EQX_DEVICE static Descriptor with_leading(Descriptor at, uint32_t leading_bytes) {
-    return {at.low +
-            ((leading_bytes >> 4) << 16)};  // an address has 14 bits, counted from 16 bytes
+    // An address has 14 bits, counted from 16 bytes.
+    return {at.low + ((leading_bytes >> 4) << 16)};
   }
 };
 

@@ -94,22 +94,6 @@ inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, u
   }
   block.exchange(0);
 }
-inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c,
-                                                           uint32_t& d, uint32_t address) {
-  const auto rows = block.exchange(address);
-  const unsigned lane = block.thread->index % 32;
-  block.begin_read(address);
-  uint32_t* const registers[4] = {&a, &b, &c, &d};
-  for (unsigned m = 0; m < 4; ++m) {
-    uint16_t pair[2];
-    for (unsigned i = 0; i < 2; ++i) {
-      const auto row = static_cast<uint32_t>(rows[m * 8 + lane % 4 * 2 + i]);
-      std::memcpy(&pair[i], block.memory.of_threads(row + lane / 4 * 2, 2), 2);
-    }
-    std::memcpy(registers[m], pair, 4);
-  }
-  block.exchange(0);
-}
 inline void stmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t address, uint32_t a, uint32_t b,
                                                      uint32_t c, uint32_t d) {
   const auto rows = block.exchange(address);
