@@ -33,7 +33,7 @@ cudaError_t launch_backward_keys(const BackwardParams& params, const DeviceInfo&
   // Q and dO of the heads that share a key head, 16-bit.
   const int64_t head_bytes =
       int64_t{shape.seq_q} * shape.head_dim * 4 * (shape.heads / shape.heads_k);
-  BackwardDkdvArguments args{
+  BackwardKeysArguments args{
       .params = params,
       .order = make_block_order(blocks, 0, shape.batch * shape.heads_k, head_bytes,
                                 backward_section_bytes(kHeadDim, shape.mask, shape.seq_k))};
@@ -111,7 +111,7 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
       return launch_backward_finish_dq<Element, kHeadDim>(params, stream);
     }
   }
-  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_dkdv_tile(kHeadDim)>;
+  using Kernel = BackwardDkdvKernel<Element, kHeadDim, kMask>;
   constexpr auto* kKernel = &backward_dkdv_kernel<Element, kHeadDim, kMask>;
   error = launch_backward_keys<Element, kHeadDim, Kernel, kKernel>(
       params, device, std::numeric_limits<int>::max(), stream);

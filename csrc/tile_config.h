@@ -11,6 +11,10 @@ namespace eqx_flash {
 inline constexpr int kMaxSharedMemory = 232448;  // a block's limit on sm_90, bytes
 inline constexpr int kWarpgroupRows = 64;        // rows of one wgmma
 
+// What a thread of each warpgroup together is started with, and setmaxnreg can distribute: it waits
+// forever for more.
+constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8 * (threads / 128); }
+
 struct ForwardTile {
   int consumer_warpgroups;  // each owns 64 query rows
   int block_n;              // keys per step
@@ -103,6 +107,8 @@ struct BackwardTile {
 constexpr int kBackwardThreads = 3 * 128;
 constexpr int kBackwardProducerRegisters = 24;
 constexpr int kBackwardConsumerRegisters = 240;
+static_assert(kBackwardProducerRegisters + 2 * kBackwardConsumerRegisters <=
+              registers_at_start(kBackwardThreads));
 
 constexpr BackwardTile backward_dq_tile(int head_dim) {
   switch (head_dim) {
@@ -119,7 +125,7 @@ constexpr BackwardTile backward_dq_tile(int head_dim) {
 constexpr BackwardTile backward_dkdv_tile(int head_dim) {
   switch (head_dim) {
     case 64:
-      return {.block_m = 128, .block_n = 128, .k_stages = 2, .v_stages = 2};
+      return {.block_m = 64, .block_n = 128, .k_stages = 3, .v_stages = 3};
     case 128:
       return {.block_m = 64, .block_n = 128, .k_stages = 2, .v_stages = 2};
     default:
@@ -137,7 +143,7 @@ constexpr BackwardTile backward_fused_tile(int head_dim) {
   switch (head_dim) {
     case 64:
       // 128 queries a step would not leave registers for S and dP (C7512). The third stage is worth
-      // 8 %. Eight abreast, as at head dim 128, lose 2 to 9 %.
+      // 8 %.
       return {.block_m = 64,
               .block_n = 128,
               .k_stages = 3,
@@ -145,16 +151,12 @@ constexpr BackwardTile backward_fused_tile(int head_dim) {
               .key_stages = 2,
               .ds_stages = 2};
     default:
-      // Eight abreast are worth 1 to 5 %, if dQ's warpgroup computes in each step anew where it
-      // adds to. Where it steps through its blocks, as it must at head dim 64, all numbers are
-      // alike.
       return {.block_m = 64,
               .block_n = 128,
               .k_stages = 2,
               .v_stages = 2,
               .key_stages = 2,
-              .ds_stages = 2,
-              .keys_abreast = 8};
+              .ds_stages = 2};
   }
 }
 
@@ -177,11 +179,9 @@ constexpr int64_t backward_section_bytes(int head_dim, Mask mask, int seq_k) {
 
 constexpr bool fits(int head_dim, Mask mask) {
   const ForwardTile tile = forward_tile(head_dim, mask);
-  // A block is started with as many registers for each thread; who grows takes from who shrank.
-  const int registers_at_start = 65536 / tile.threads() / 8 * 8 * (1 + tile.consumer_warpgroups);
   return tile.shared_memory_bytes(head_dim) <= kMaxSharedMemory &&
          tile.producer_registers + tile.consumer_warpgroups * tile.consumer_registers <=
-             registers_at_start;
+             registers_at_start(tile.threads());
 }
 static_assert(fits(64, Mask::kFull) && fits(64, Mask::kCausal));
 static_assert(fits(128, Mask::kFull) && fits(128, Mask::kCausal));

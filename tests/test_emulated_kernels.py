@@ -191,8 +191,13 @@ def test_scores_that_rise_within_a_tile(run, outcome_of):
 
 # ---- The emulator --------------------------------------------------------------------------------
 
-FORWARD, DKDV, DQ = (f"kernels/{x}.cuh" for x in ("forward", "backward_dkdv", "backward_dq"))
-FUSED, STEPS = (f"kernels/{x}.cuh" for x in ("backward_fused", "backward_fused_steps"))
+FORWARD, KEYS, STEPS, DKDV, DQ, FUSED = (
+    f"kernels/{x}.cuh"
+    for x in (
+        "forward", "backward_keys", "backward_steps", "backward_dkdv", "backward_dq",
+        "backward_fused",
+    )
+)  # fmt: skip
 
 MUTATIONS = {
     ("forward", 64): (
@@ -258,18 +263,26 @@ MUTATIONS = {
     ),
     ("backward", 64): (
         Mutation("S is not waited for", STEPS, "sm90::wgmma_wait<2>();  // S(i)"),
-        Mutation("dP is not waited for", STEPS, "sm90::wgmma_wait<0>();  // dP(0)"),
-        Mutation("Q is released early", STEPS, "sm90::wgmma_wait<0>();  // dK, and all before it"),
-        Mutation("dS is overwritten", STEPS, "ds.wait_empty(ds_cursor);"),
+        Mutation("dP is not waited for", STEPS, "sm90::wgmma_wait<1>();  // dP(0)"),
+        Mutation("Q is released early", STEPS, "sm90::wgmma_wait<1>();  // dP(i), dK(i-1)"),
+        Mutation("dS is overwritten", FUSED, "ring.wait_empty(cursor);"),
         Mutation("dK overwrites K", FUSED, "smem.keys_read.wait(tile_index % 2);"),
         Mutation("keys overwrite gradients", FUSED, "sm90::tma_store_wait_read();\n          //"),
-        Mutation("no fence after dS", STEPS, "sm90::fence_async_proxy();"),
-        Mutation("queries overwrite queries", DKDV, "from.ring.wait_empty(cursor);"),
+        Mutation("no fence after dS", FUSED, "sm90::fence_async_proxy();"),
+        Mutation("queries overwrite queries", KEYS, "from.ring.wait_empty(cursor);"),
+        Mutation("starts overwrite starts", KEYS, "smem.q.wait_empty(cursor);"),
+        Mutation(
+            "no fence after the starts", KEYS, "sm90::fence_async_proxy();\n      smem", "smem"
+        ),
+        Mutation(
+            "no fence after the ones", KEYS,
+            "threadIdx.x);\n      sm90::fence_async_proxy();", "threadIdx.x);",
+        ),
     ),
     ("backward", 128): (
         Mutation("S is not waited for", STEPS, "sm90::wgmma_wait<1>();  // S(i)"),
         Mutation("dS overwrites P", STEPS, "sm90::wgmma_wait<0>();  // dP, dV"),
-        Mutation("dP is added to P", STEPS, "k > 0 || never", "true"),
+        Mutation("dP is added to P", STEPS, "me.at.steps < 0", "true"),
         Mutation(
             "a slot is not released", FUSED,
             "smem.tile.empty(slot_at.stage).arrive();  // the slot may",
@@ -277,6 +290,11 @@ MUTATIONS = {
         ),
     ),
     ("deterministic", 64): (
+        Mutation(
+            "more registers than there are", DKDV,
+            "<kBackwardProducerRegisters>", "<kBackwardProducerRegisters + 8>",
+            message=r"deadlock; .* waits for registers",
+        ),
         Mutation("K is released early", DQ, "sm90::wgmma_wait<1>();  // dQ"),
     ),
     ("deterministic", 256): (

@@ -7,15 +7,14 @@
 // get there. The next block's K, V and first queries load while this one's last steps run.
 #pragma once
 
-#include "kernels/backward_fused_steps.cuh"
+#include "kernels/backward_steps.cuh"
 #include "kernels/dq_accumulator.cuh"
 
 namespace eqx_flash {
 
 template <typename Element, int kHeadDim, Mask kMask>
-struct BackwardFusedKernel
-    : BackwardDkdvKernel<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)> {
-  using Base = BackwardDkdvKernel<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)>;
+struct BackwardFusedKernel : BackwardKeys<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)> {
+  using Base = BackwardKeys<Element, kHeadDim, kMask, backward_fused_tile(kHeadDim)>;
   using Block = typename Base::Block;
   using Consumer = typename Base::Consumer;
   using Cursor = typename Base::Cursor;
@@ -25,7 +24,6 @@ struct BackwardFusedKernel
   using ScoreCursor = sm90::Cursor<Base::kTile.ds_stages>;
   using ScoreRing = sm90::Ring<Base::kTile.ds_stages>;
   using SlotCursor = sm90::Cursor<2>;
-  using Steps = BackwardFusedSteps<Base>;
   static constexpr int kThreads = 4 * sm90::kWarpgroup;
   static constexpr int kConsumerWarps = 3 * sm90::kWarpgroup / sm90::kWarp;
   // ptxas gives wgmma's operands all but 32 of a thread's registers: 176 for S, dP, P, dS, dK and
@@ -34,8 +32,9 @@ struct BackwardFusedKernel
   static constexpr int kDqRegisters = 64;
   static constexpr int kDqCols = 64;
   static constexpr int kProducerRegisters = 32;  // 24 would do for loads, but not for the scheduler
-  static_assert(kProducerRegisters + 2 * kConsumerRegisters + kDqRegisters <= 512);
-  static_assert(!Base::kSplitOutputs);
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters + kDqRegisters <=
+                registers_at_start(kThreads));
+  static_assert(!Base::kSplitOutputs && !Base::kRotates);
   // Equal blocks are dealt out in turn; causal ones, of unequal length, go to whoever is free.
   static constexpr bool kDynamicTiles = kMask == Mask::kCausal;
   // The next block is claimed when so many steps of this one are still to be loaded: late, so that
@@ -71,9 +70,9 @@ struct BackwardFusedKernel
   };
 
   struct Smem : Base::Smem {
-    static constexpr uint32_t kMoreBarriers = Base::Smem::kEnd;
+    static constexpr uint32_t kMoreBarriers = Base::Smem::kBytes;
     static constexpr uint32_t kSlots = kMoreBarriers + 96;
-    static constexpr int kBytes = kSlots + 2 * Slot::kBytes + Base::Smem::kAlignment;
+    static constexpr int kBytes = kSlots + 2 * Slot::kBytes;
     static_assert(kBytes <= kMaxSharedMemory);
     ScoreRing ds;
     sm90::Ring<2> tile;       // the scheduler works one block ahead
@@ -92,10 +91,10 @@ struct BackwardFusedKernel
     }
     EQX_DEVICE void init_barriers() const {
       for (int stage = 0; stage < Base::kTile.ds_stages; ++stage) {
-        ds.full(stage).init(Base::kConsumerThreads);
-        ds.empty(stage).init(sm90::kWarpgroup);
+        ds.full(stage).init(2 * sm90::kWarpgroup);
+        ds.empty(stage).init(sm90::kWarpgroup / sm90::kWarp);
       }
-      tile.init(kConsumerWarps + 1);  // and the producer
+      tile.init(kConsumerWarps + 2);  // and those of produce() and write_starts()
       wanted.init(1);
       keys_read.init(sm90::kWarpgroup);
       Base::Smem::init_barriers();
@@ -105,7 +104,7 @@ struct BackwardFusedKernel
   // ----------------------------------------------------------------------------------- producers
 
   // One thread: decides what this thread block works on, and tells the others.
-  EQX_DEVICE static void schedule(const BackwardDkdvArguments& args, const Smem& smem) {
+  EQX_DEVICE static void schedule(const BackwardKeysArguments& args, const Smem& smem) {
     if constexpr (kDynamicTiles) sm90::wait_for_previous_kernel();  // the counter is clear
     deal_tiles<kDynamicTiles>(
         smem.tile, smem.wanted, args.params.forward.tile_counter,
@@ -118,7 +117,7 @@ struct BackwardFusedKernel
   }
 
   // One thread: loads K and V of each block, and the queries that see them.
-  EQX_DEVICE static void produce(const BackwardDkdvArguments& args, const Smem& smem) {
+  EQX_DEVICE static void produce(const BackwardKeysArguments& args, const Smem& smem) {
     Cursor cursor;
     for (int tile_index = 0;; ++tile_index) {
       const auto slot_at = SlotCursor::after(tile_index);
@@ -128,7 +127,7 @@ struct BackwardFusedKernel
       if (at.n_block < 0) break;
       Base::load_keys(args, smem, at, KeyCursor::after(tile_index));
       if (tile_index == 0) {
-        sm90::wait_for_previous_kernel();  // the statistics are there, dQ's accumulator is clear
+        sm90::wait_for_previous_kernel();  // dQ's accumulator is clear
         sm90::let_next_kernel_start();
       }
       const int claim = max(0, at.steps - kClaimAhead);
@@ -156,9 +155,17 @@ struct BackwardFusedKernel
     }
   }
 
+  // One warp: what the products of each step start from.
+  EQX_DEVICE static void write_starts(const BackwardKeysArguments& args, const Smem& smem) {
+    Cursor cursor;
+    sm90::wait_for_previous_kernel();  // the statistics are there
+    for_each_block(
+        smem, [&](int, Slot slot) { Base::write_starts(args, smem, slot.read_uniform(), cursor); });
+  }
+
   // --------------------------------------------------------------------------- dQ's warpgroup
 
-  EQX_DEVICE static void accumulate_dq(const BackwardDkdvArguments& args, const Smem& smem) {
+  EQX_DEVICE static void accumulate_dq(const BackwardKeysArguments& args, const Smem& smem) {
     using Parts = DqParts<kHeadDim>;
     const ForwardParams& shape = args.params.forward;
     const int group = shape.heads / shape.heads_k;
@@ -173,15 +180,11 @@ struct BackwardFusedKernel
       smem.keys.wait_full(key_at);  // K has landed
       for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
         const int64_t batch_head = int64_t{at.batch} * shape.heads + head;
-        auto block_of = [&](int m_block) {
-          return args.params.dq_accumulator +
-                 Parts::offset(batch_head, args.params.padded_seq_q, at.rotated(m_block)) +
-                 thread * 4;
-        };
-        float* to = block_of(at.queries.first);
+        float* to = args.params.dq_accumulator +
+                    Parts::offset(batch_head, args.params.padded_seq_q, at.queries.first) +
+                    thread * 4;
 #pragma unroll 1
         for (int m_block = at.queries.first; m_block < at.queries.end; ++m_block) {
-          if constexpr (Base::kRotates) to = block_of(m_block);  // see backward_fused_tile
           smem.ds.wait_full(cursor);  // both warpgroups have stored their keys of dS
 #pragma unroll
           for (int part = 0; part < kHeadDim / kDqCols; ++part) {
@@ -200,7 +203,8 @@ struct BackwardFusedKernel
             sm90::wgmma_wait<0>();
             sm90::pin(rdQ);
             if (part == kHeadDim / kDqCols - 1) {
-              smem.ds.empty(cursor.stage).arrive();  // the stage may take another dS
+              // The stage may take another dS.
+              smem.ds.empty(cursor.stage).arrive_if(thread % sm90::kWarp == 0);
             }
 #pragma unroll
             for (int i = 0; i < kDqCols / 8; ++i) {
@@ -217,12 +221,27 @@ struct BackwardFusedKernel
 
   // ------------------------------------------------------------------- the warpgroups of the keys
 
-  EQX_DEVICE static void consume(const BackwardDkdvArguments& args, const Smem& smem,
+  // Where dS goes.
+  struct ToDq {
+    const ScoreRing& ring;
+    ScoreCursor cursor;
+
+    EQX_DEVICE void store(const Consumer& me, const uint32_t (&rdS)[Base::kBlockM / 4]) {
+      ring.wait_empty(cursor);  // dQ has read the dS before the last
+      me.store_ds(ring.buffer(cursor.stage), rdS);
+    }
+    EQX_DEVICE void hand_over() {
+      sm90::fence_async_proxy();
+      ring.full(cursor.stage).arrive();  // dQ may have it
+      cursor.advance();
+    }
+  };
+
+  EQX_DEVICE static void consume(const BackwardKeysArguments& args, const Smem& smem,
                                  int warpgroup) {
     Consumer me(args, smem, warpgroup);
-    Steps steps(me, smem.ds);
+    BackwardSteps<Base, ToDq> steps(me, {smem.ds, {}});
     float rdK[kHeadDim / 2], rdV[kHeadDim / 2];
-    if (warpgroup == 1) steps.pass_turn();  // warpgroup 0 goes first
     for_each_block(smem, [&](int tile_index, Slot slot) {
       me.take(slot.read_uniform(), KeyCursor::after(tile_index));
 #pragma unroll
@@ -249,17 +268,19 @@ struct BackwardFusedKernel
 
 template <typename Element, int kHeadDim, Mask kMask>
 __global__ void __launch_bounds__(BackwardFusedKernel<Element, kHeadDim, kMask>::kThreads, 1)
-    backward_fused_kernel(const __grid_constant__ BackwardDkdvArguments args) {
+    backward_fused_kernel(const __grid_constant__ BackwardKeysArguments args) {
   using Kernel = BackwardFusedKernel<Element, kHeadDim, kMask>;
-  extern __shared__ uint8_t dynamic_smem[];
-  const typename Kernel::Smem smem(dynamic_smem);
+  extern __shared__ __align__(1024) uint8_t aligned_dynamic_smem[];
+  const typename Kernel::Smem smem(aligned_dynamic_smem);
   const int warpgroup = sm90::warp_uniform(threadIdx.x / sm90::kWarpgroup);
+  smem.init_ones();
   if (threadIdx.x == 0) smem.init_barriers();
   __syncthreads();
   if (warpgroup == 0) {
     sm90::shrink_registers<Kernel::kProducerRegisters>();
     if (threadIdx.x == 0) Kernel::schedule(args, smem);
     if (threadIdx.x == sm90::kWarp) Kernel::produce(args, smem);
+    if (threadIdx.x / sm90::kWarp == 2) Kernel::write_starts(args, smem);
   } else if (warpgroup == 3) {
     sm90::shrink_registers<Kernel::kDqRegisters>();
     Kernel::accumulate_dq(args, smem);

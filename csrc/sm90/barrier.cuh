@@ -84,9 +84,9 @@ struct Ring {
   uint32_t stage_bytes;
   uint32_t barriers;
 
-  EQX_DEVICE void init(int consumer_arrivals) const {
+  EQX_DEVICE void init(int consumer_arrivals, int producer_arrivals = 1) const {
     for (int stage = 0; stage < kStages; ++stage) {
-      full(stage).init(1);
+      full(stage).init(producer_arrivals);
       empty(stage).init(consumer_arrivals);
     }
   }

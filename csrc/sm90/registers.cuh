@@ -65,16 +65,6 @@ EQX_DEVICE void reduce_add_x4(float* destination, const float* values) {
                : "memory");
 }
 
-// Two consecutive floats from shared memory.
-EQX_DEVICE float2 load_shared_pair(uint32_t address) {
-  float2 pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(pair.x), "=f"(pair.y)
-               : "r"(address)
-               : "memory");
-  return pair;
-}
-
 // Four words of shared memory.
 EQX_DEVICE int4 load_shared_x4(uint32_t address) {
   int4 words;

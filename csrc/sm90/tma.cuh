@@ -54,15 +54,6 @@ EQX_DEVICE void tma_load(const CUtensorMap& map, uint32_t destination, uint32_t 
       : "memory");
 }
 
-// Loads contiguous bytes (a multiple of 16, 16-byte aligned at both ends).
-EQX_DEVICE void bulk_load(const void* source, uint32_t destination, uint32_t full, uint32_t bytes) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(destination),
-      "l"(source), "r"(bytes), "r"(full)
-      : "memory");
-}
-
 // Stores one box, dropping what lies outside. Part of the thread's current bulk group.
 EQX_DEVICE void tma_store(const CUtensorMap& map, uint32_t source, TmaCoordinates at) {
   asm volatile(
@@ -70,14 +61,6 @@ EQX_DEVICE void tma_store(const CUtensorMap& map, uint32_t source, TmaCoordinate
           &map),
       "r"(source), "r"(at.col), "r"(at.row), "r"(at.head), "r"(at.batch)
       : "memory");
-}
-
-// Adds contiguous floats to global memory, in L2. Part of the thread's current bulk group.
-EQX_DEVICE void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                   destination),
-               "r"(source), "r"(bytes)
-               : "memory");
 }
 
 EQX_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

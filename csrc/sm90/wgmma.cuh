@@ -9,6 +9,7 @@
 #include "sm90/device.cuh"
 #include "sm90/registers.cuh"
 #include "sm90/smem_tile.cuh"
+#include "sm90/start_tile.cuh"
 
 namespace eqx_flash::sm90 {
 
@@ -66,14 +67,22 @@ EQX_DEVICE void mma_shared_k_major(float (&acc)[TileB::kRows / 2], Descriptor a,
   }
 }
 
-// D = A B^T with A in registers.
-template <typename Element, typename TileB>
+// D[i, j] = start[j], or D[i, j] += start[j].
+template <int kN, Start kStart>
+EQX_DEVICE void mma_start(float (&acc)[kN / 2], Descriptor ones, Descriptor tile, bool accumulate) {
+  using Tile = StartTile<kN>;
+  WgmmaAtom<__nv_bfloat16, kN, Major::kK>::shared(acc, Tile::template choice<kStart>(ones),
+                                                  Tile::operand(tile), accumulate);
+}
+
+// D = A B^T, or D += A B^T with kAccumulate, with A in registers.
+template <typename Element, typename TileB, bool kAccumulate = false>
 EQX_DEVICE void mma_registers_k_major(float (&acc)[TileB::kRows / 2],
                                       const uint32_t (&a)[TileB::kCols / 4], Descriptor b) {
 #pragma unroll
   for (int k = 0; k < TileB::kCols / 16; ++k) {
     WgmmaAtom<Element, TileB::kRows, Major::kK>::registers(
-        acc, a + 4 * k, (b + TileB::k_major_step(k)).bits(), k > 0);
+        acc, a + 4 * k, (b + TileB::k_major_step(k)).bits(), kAccumulate || k > 0);
   }
 }
 

@@ -18,6 +18,8 @@
 #define __launch_bounds__(...)
 #undef __shared__
 #define __shared__
+#undef __align__
+#define __align__(bytes)
 #undef __grid_constant__
 #define __grid_constant__
 
@@ -29,11 +31,13 @@ using std::max;
 using std::min;
 
 namespace eqx_flash {
-// `extern __shared__` names it. Shared memory has addresses only: see shared_address().
-inline uint8_t dynamic_smem[1];
+// `extern __shared__` names one of them. Shared memory has addresses only: see shared_address().
+inline uint8_t dynamic_smem[1], aligned_dynamic_smem[1];
 }  // namespace eqx_flash
 
-inline uint32_t __cvta_generic_to_shared(const void*) { return emulator::SharedMemory::kBase; }
+inline uint32_t __cvta_generic_to_shared(const void* name) {
+  return emulator::block.memory.begin(name == eqx_flash::aligned_dynamic_smem ? 1024 : 16);
+}
 
 inline void __syncthreads() { emulator::ptx::bar_sync(0, blockDim.x); }
 inline void __syncwarp() { emulator::block.exchange(0); }

@@ -50,9 +50,11 @@ inline std::string text_of(const Place& place) {
 
 class SharedMemory {
  public:
-  // Like the hardware's: aligned for TMA only by luck.
-  static constexpr uint32_t kBase = 1024 + 16;
-
+  // What the kernel sees it begin at: aligned for TMA only if it asks for that.
+  uint32_t begin(uint32_t alignment) {
+    constexpr uint32_t kReserved = 1024;
+    return begin_ = kReserved + alignment;
+  }
   void reset(uint32_t size) {
     size_ = size;
     threads_view_.assign(size, 0xff);  // NaN
@@ -71,7 +73,7 @@ class SharedMemory {
 
   void write_async(uint32_t address, const void* source, uint32_t bytes) {
     const uint32_t first = checked(address, bytes) / kPiece;
-    for (uint32_t piece = first; piece <= (address + bytes - 1 - kBase) / kPiece; ++piece) {
+    for (uint32_t piece = first; piece <= (address + bytes - 1 - begin_) / kPiece; ++piece) {
       if (being_read_[piece] > 0) fail("a copy overwrites what ldmatrix may not have read yet");
     }
     std::memcpy(threads_view_.data() + checked(address, bytes), source, bytes);
@@ -84,15 +86,15 @@ class SharedMemory {
 
  private:
   uint32_t checked(uint32_t address, uint32_t bytes) const {
-    if (address < kBase || address + bytes > kBase + size_) {
+    if (address < begin_ || address + bytes > begin_ + size_) {
       fail("access to " + std::to_string(bytes) + " bytes at " + std::to_string(address) +
-           " of shared memory, which ends at " + std::to_string(kBase + size_));
+           " of shared memory, which ends at " + std::to_string(begin_ + size_));
     }
     if (address % (bytes < 16 ? bytes : 16)) fail("misaligned access to shared memory");
-    return address - kBase;
+    return address - begin_;
   }
   static constexpr uint32_t kPiece = 16;
-  uint32_t size_ = 0;
+  uint32_t begin_ = 0, size_ = 0;
   std::vector<uint8_t> threads_view_, async_view_;
   std::vector<uint16_t> being_read_;  // by piece
 };
@@ -221,6 +223,7 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   unsigned index = 0;
   bool finished = false;
+  int registers = 0;
   std::function<bool()> may_go_on;  // empty: yes
   std::string waits_for;
   Place place;                                          // of its last call from a kernel
@@ -241,6 +244,7 @@ class Block {
   static constexpr size_t kStackBytes = 256 << 10;
 
   SharedMemory memory;
+  int free_registers = 0;  // that threads have given back; nobody gets any from outside
   std::map<uint32_t, Mbarrier> mbarriers;
   std::array<NamedBarrier, 16> named_barriers;
   Thread* thread = nullptr;  // that runs
@@ -264,6 +268,7 @@ class Block {
   void run(unsigned threads, uint32_t shared_bytes, std::function<void()> body) {
     body_ = std::move(body);
     memory.reset(shared_bytes);
+    free_registers = 0;
     mbarriers.clear();
     named_barriers = {};
     copies_.clear();
@@ -276,6 +281,8 @@ class Block {
       order_[i] = i;
       ++warps_[i / 32].alive;
       start(threads_[i], i);
+      // As ptxas does for a kernel that is alone on its multiprocessor.
+      threads_[i].registers = static_cast<int>((64u << 10) / threads / 8 * 8);
     }
     unsigned alive = threads;
     while (alive > 0) {
@@ -482,25 +489,44 @@ inline void Block::enter() {
 
 // ---- Matrix products, what they compute ---------------------------------------------------------
 
-// The 16-bit element that would be at `address` without the 128-byte swizzle, which exclusive-or's
-// address bits 4 to 6 with those of the row in its group of eight.
-inline uint16_t swizzled_element(SharedMemory& memory, uint32_t address) {
-  address ^= (address >> 7 & 7) << 4;
-  uint16_t element;
-  std::memcpy(&element, memory.of_async_proxy(address, 2), 2);
-  return element;
-}
+// An operand in shared memory, by its descriptor.
+class MatrixOperand {
+ public:
+  explicit MatrixOperand(uint64_t bits)
+      : start_((bits & 0x3fff) << 4),
+        leading_((bits >> 16 & 0x3fff) << 4),
+        stride_((bits >> 32 & 0x3fff) << 4),
+        swizzled_(bits >> 62 == 1) {
+    if (bits >> 62 > 1) fail("a matrix descriptor with a swizzle of other than 128 bytes");
+  }
+  // The rows are the axis of M or N.
+  uint16_t k_major(SharedMemory& memory, int row, int k) const {
+    const uint32_t group = start_ + row / 8 * stride_;
+    if (swizzled_) return element(memory, group + row % 8 * 128 + k * 2);
+    return element(memory, group + row % 8 * 16 + k / 8 * leading_ + k % 8 * 2);
+  }
+  // The rows are the axis of K.
+  uint16_t n_major(SharedMemory& memory, int k, int col) const {
+    if (!swizzled_) fail("an operand along N without a swizzle");
+    return element(memory,
+                   start_ + col / 64 * leading_ + k / 8 * stride_ + k % 8 * 128 + col % 64 * 2);
+  }
+
+ private:
+  // Of an address as it would be without the swizzle, which exclusive-or's its bits 4 to 6 with
+  // those of the row in its group of eight.
+  uint16_t element(SharedMemory& memory, uint32_t address) const {
+    if (swizzled_) address ^= (address >> 7 & 7) << 4;
+    uint16_t element;
+    std::memcpy(&element, memory.of_async_proxy(address, 2), 2);
+    return element;
+  }
+
+  uint32_t start_, leading_, stride_;
+  bool swizzled_;
+};
 
 inline void MatrixProduct::run(SharedMemory& memory) const {
-  struct Fields {
-    uint32_t start, leading, stride;
-    explicit Fields(uint64_t bits)
-        : start((bits & 0x3fff) << 4),
-          leading((bits >> 16 & 0x3fff) << 4),
-          stride((bits >> 32 & 0x3fff) << 4) {
-      if (bits >> 62 != 1) fail("a matrix descriptor without the 128-byte swizzle");
-    }
-  };
   float left[64][16], right[16][256];
   if (a_in_registers) {
     for (int t = 0; t < 128; ++t) {
@@ -512,21 +538,15 @@ inline void MatrixProduct::run(SharedMemory& memory) const {
       }
     }
   } else {
-    const Fields at(a);
+    const MatrixOperand at(a);
     for (int row = 0; row < 64; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        left[row][k] = to_float(
-            swizzled_element(memory, at.start + row / 8 * at.stride + row % 8 * 128 + k * 2));
-      }
+      for (int k = 0; k < 16; ++k) left[row][k] = to_float(at.k_major(memory, row, k));
     }
   }
-  const Fields at(b);
+  const MatrixOperand at(b);
   for (int k = 0; k < 16; ++k) {
     for (int col = 0; col < n; ++col) {
-      const uint32_t offset =
-          b_along_n ? col / 64 * at.leading + k / 8 * at.stride + k % 8 * 128 + col % 64 * 2
-                    : col / 8 * at.stride + col % 8 * 128 + k * 2;
-      right[k][col] = to_float(swizzled_element(memory, at.start + offset));
+      right[k][col] = to_float(b_along_n ? at.n_major(memory, k, col) : at.k_major(memory, col, k));
     }
   }
   float sums[256];

@@ -20,10 +20,17 @@ inline void griddepcontrol_launch_dependents() {}
 inline void griddepcontrol_wait() {}
 inline void mov_b32(float&, float) {}
 inline void mov_b32(float& x, uint32_t bits) { std::memcpy(&x, &bits, 4); }
-inline void setmaxnreg_dec_sync_aligned_u32(int) {}
-inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 
 // ---- Registers ----------------------------------------------------------------------------------
+
+inline void setmaxnreg(int count) {
+  const int more = count - block.thread->registers;
+  block.wait_until([more] { return block.free_registers >= more; }, "registers");
+  block.free_registers -= more;
+  block.thread->registers = count;
+}
+inline void setmaxnreg_dec_sync_aligned_u32(int count) { setmaxnreg(count); }
+inline void setmaxnreg_inc_sync_aligned_u32(int count) { setmaxnreg(count); }
 
 inline void mov_b64(uint64_t& pair, uint32_t low, uint32_t high) {
   pair = uint64_t{high} << 32 | low;
@@ -217,21 +224,6 @@ inline void cp_async_bulk_tensor_4d_shared_cluster_global_mbarrier_complete_tx_b
   cp_async_bulk_tensor_4d_shared_cluster_global_mbarrier_complete_tx_bytes(destination, map, col,
                                                                            row, head, batch, full);
 }
-inline void check_bulk(const void* global, uint32_t shared, uint32_t bytes) {
-  if (bytes % 16 || shared % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
-    fail("a misaligned bulk copy");
-  }
-}
-inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(uint32_t destination,
-                                                                           const void* source,
-                                                                           uint32_t bytes,
-                                                                           uint32_t full) {
-  check_bulk(source, destination, bytes);
-  block.queue_copy([=, &barrier = mbarrier(full)] {
-    block.memory.write_async(destination, source, bytes);
-    barrier.deliver(bytes);
-  });
-}
 inline void cp_async_bulk_tensor_4d_global_shared_cta_bulk_group(const void* map, int col, int row,
                                                                  int head, int batch,
                                                                  uint32_t source) {
@@ -244,18 +236,6 @@ inline void cp_async_bulk_tensor_4d_global_shared_cta_bulk_group(const void* map
         std::memcpy(target + piece, block.memory.of_async_proxy(address, 16), 16);
       }
     });
-  });
-}
-inline void cp_reduce_async_bulk_global_shared_cta_bulk_group_add_f32(float* destination,
-                                                                      uint32_t source,
-                                                                      uint32_t bytes) {
-  check_bulk(destination, source, bytes);
-  block.queue_store([=] {
-    for (uint32_t i = 0; i < bytes / 4; ++i) {
-      float value;
-      std::memcpy(&value, block.memory.of_async_proxy(source + 4 * i, 4), 4);
-      destination[i] += value;
-    }
   });
 }
 inline void cp_async_bulk_commit_group() {
