@@ -27,6 +27,7 @@ GRADIENTS = ("dq", "dk", "dv")
 LIMITS = {"smoke": 60, "tests": 290, "sanitize": 270, "bench": 330}  # seconds
 TEST_LIMITS = {"tests": 100, "sanitize": 250}  # seconds, for one test
 LOG_BYTES = 8 << 20
+SHARED_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # not most of its memory for one process
 
 
 class Session:
@@ -104,7 +105,7 @@ def machine(session: Session) -> None:
         run = session.start("nvidia-smi", query, "--format=csv,noheader")
         session.say(session.finish("nvidia-smi", run, 20)[1].strip())
     # -P: not the folder that we are in, which holds the sources.
-    run = session.start(sys.executable, "-P", "-m", "eqx_flash")
+    run = session.start(sys.executable, "-P", "-m", "eqx_flash", **SHARED_GPU)
     verdict, output = session.finish("python -m eqx_flash", run, 60)
     session.say(output.strip()[-3000:])
     session.say(f"python -m eqx_flash: {verdict}")
@@ -116,9 +117,7 @@ def machine(session: Session) -> None:
 def smoke(session: Session) -> None:
     """All head dims at once, in a process each."""
     runs = {
-        head_dim: session.start(
-            sys.executable, GPU_TESTS / "smoke.py", head_dim, XLA_PYTHON_CLIENT_PREALLOCATE="false"
-        )
+        head_dim: session.start(sys.executable, GPU_TESTS / "smoke.py", head_dim, **SHARED_GPU)
         for head_dim in HEAD_DIMS
     }
     for head_dim, run in runs.items():
@@ -131,20 +130,28 @@ def smoke(session: Session) -> None:
 
 def tests(session: Session, jobs: int, quick: bool, keyword: str) -> None:
     selection = "gpu and not slow" if quick else "gpu"
-    common = ["-m", selection, *(["-k", keyword] if keyword else [])]
-    # The primitives are compiled first, once, while the others run.
-    primitives = _start_pytest(session, "tests", GPU_TESTS / "test_primitives.py", *common)
-    arguments = [GPU_TESTS, *common]
-    for other in ("test_primitives.py", "test_sanitizer.py"):
-        arguments += ["--ignore", GPU_TESTS / other]
-    if jobs > 1 and importlib.util.find_spec("xdist"):
-        arguments += ["-n", jobs, "--dist", "worksteal"]
-    others = _start_pytest(session, "tests", *arguments)
-    for title, run in (("tests", others), ("primitives", primitives)):
+    some = ["-k", keyword] if keyword else []
+    elsewhere = [
+        f"--ignore={GPU_TESTS / f'test_{name}.py'}" for name in ("primitives", "sanitizer")
+    ]
+    parallel = importlib.util.find_spec("xdist") and ["-n", jobs, "--dist", "worksteal"]
+
+    def start(path: pathlib.Path, selection: str, *arguments: object) -> subprocess.Popen:
+        return _start_pytest(session, "tests", path, "-m", selection, *some, *arguments)
+
+    def finish(title: str, run: subprocess.Popen) -> None:
         verdict, output = session.finish(title, run, LIMITS["tests"])
         session.say(f"{title}: {verdict}, {_last_line(output)}")
         for line in failures(output)[:25]:
             session.say(f"  {line[:220]}")
+
+    # The primitives are compiled first, once, while the others run.
+    primitives = start(GPU_TESTS / "test_primitives.py", selection)
+    others = start(GPU_TESTS, f"{selection} and not large", *elsewhere, *(parallel or []))
+    finish("tests", others)
+    finish("primitives", primitives)
+    if not quick and not keyword:
+        finish("large", start(GPU_TESTS, "large", *elsewhere))
     collect_sweep(session)
     witness = session.record / "command_buffer.txt"
     if witness.exists():
@@ -225,8 +232,7 @@ def _start_pytest(session: Session, stage: str, *arguments: object) -> subproces
     if importlib.util.find_spec("pytest_timeout"):  # ends a worker that hangs, not the stage
         common += ["--timeout", str(TEST_LIMITS[stage]), "--timeout-method", "thread"]
     return session.start(
-        sys.executable, "-P", "-m", "pytest", *common, *arguments,
-        XLA_PYTHON_CLIENT_PREALLOCATE="false",
+        sys.executable, "-P", "-m", "pytest", *common, *arguments, **SHARED_GPU
     )  # fmt: skip
 
 

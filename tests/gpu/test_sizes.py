@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.large]
 
 BATCH, LONG, SHORT, HEADS, HEAD_DIM = 3, 100_000, 256, 64, 128
 assert (BATCH - 1) * LONG * HEADS * HEAD_DIM < 2**31 < BATCH * LONG * HEADS * HEAD_DIM
