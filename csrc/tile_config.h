@@ -100,8 +100,8 @@ struct BackwardTile {
   int key_stages = 1;  // of a block's K and V: the fused kernels load the next one's in advance
   int ds_stages = 0;   // of dS, which the fused kernels hand over
   // Without a mask, blocks of keys that run side by side would read the same queries at the same
-  // moments. So many do; the next ones begin further on. 0: all.
-  int keys_abreast = 0;
+  // moments. Staggered, each begins where the one before it is after a step.
+  bool staggered = false;
 };
 
 constexpr int kBackwardThreads = 3 * 128;
@@ -132,7 +132,7 @@ constexpr BackwardTile backward_dkdv_tile(int head_dim) {
       // dK and dV take 128 registers each: one warpgroup for one, over 64 keys.
       // L2 is what limits this: blocks that begin at queries of their own are worth 7 to 11 % on
       // long sequences.
-      return {.block_m = 64, .block_n = 64, .k_stages = 2, .v_stages = 2, .keys_abreast = 1};
+      return {.block_m = 64, .block_n = 64, .k_stages = 2, .v_stages = 2, .staggered = true};
   }
 }
 

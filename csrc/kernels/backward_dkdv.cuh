@@ -52,6 +52,7 @@ struct BackwardDkdvKernel : BackwardKeys<Element, kHeadDim, kMask, backward_dkdv
   // --------------------------------------------------- 64 keys a warpgroup: dK and dV of its own
 
   struct NobodyWantsDs {
+    static constexpr bool kWanted = false;
     EQX_DEVICE void store(const Consumer&, const uint32_t (&)[kBlockM / 4]) {}
     EQX_DEVICE void hand_over() {}
   };

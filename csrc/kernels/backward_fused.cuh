@@ -223,6 +223,7 @@ struct BackwardFusedKernel : BackwardKeys<Element, kHeadDim, kMask, backward_fus
 
   // Where dS goes.
   struct ToDq {
+    static constexpr bool kWanted = true;
     const ScoreRing& ring;
     ScoreCursor cursor;
 

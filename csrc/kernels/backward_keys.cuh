@@ -38,7 +38,7 @@ struct BackwardKeys {
   // Two slabs: each warpgroup computes dK and dV of its own 64 keys. One slab: the accumulators
   // are too large for that, and one warpgroup computes dV, the other dK.
   static constexpr bool kSplitOutputs = kKeySlabs == 1;
-  static constexpr bool kRotates = kTile.keys_abreast > 0 && kMask == Mask::kFull;
+  static constexpr bool kRotates = kTile.staggered && kMask == Mask::kFull;
   using QueryTile = sm90::SmemTile<kBlockM, kHeadDim>;       // of Q, or of dO
   using KeySlab = sm90::SmemTile<kWarpgroupRows, kHeadDim>;  // 64 keys of K, V, dK, or dV
   using ScoreTile = sm90::SmemTile<kBlockM, kBlockN>;        // dS of the fused kernels
@@ -107,11 +107,10 @@ struct BackwardKeys {
     QueryBlocks queries;
     int steps;  // query blocks of all heads of the group
 
-    // The query block that has the turn of `m_block`: as far on as the first keys of those abreast.
+    // The query block that has the turn of `m_block`.
     EQX_DEVICE int rotated(int m_block) const {
       if constexpr (kRotates) {
-        const int group = n_block / kTile.keys_abreast;
-        return (m_block + group * kTile.keys_abreast * (kBlockN / kBlockM)) % queries.end;
+        return (m_block + n_block) % queries.end;
       } else {
         return m_block;
       }

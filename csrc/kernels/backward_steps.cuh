@@ -7,9 +7,9 @@
 
 namespace eqx_flash {
 
-// Ds takes dS: store() it at once, then hand_over() what has been stored. The latter waits for the
-// stores: at head dim 128 the next products are issued before, which is worth 4 %; at 64 dQ would
-// get dS too late.
+// Ds takes dS, if it is kWanted: store() it at once, then hand_over() what has been stored. The
+// latter waits for the stores: at head dim 128 the next products are issued before, which is worth
+// 4 %; at 64 dQ would get dS too late.
 template <typename Base, typename Ds>
 struct BackwardSteps {
   using Consumer = typename Base::Consumer;
@@ -46,8 +46,10 @@ struct BackwardSteps {
       beside_first_scores();
     } else if constexpr (kRoomy) {
       run_roomy(rdK, rdV, beside_first_scores);
-    } else {
+    } else if constexpr (Ds::kWanted) {
       run_tight(rdK, rdV, beside_first_scores);
+    } else {
+      run_dp_last(rdK, rdV, beside_first_scores);
     }
   }
 
@@ -116,7 +118,7 @@ struct BackwardSteps {
     cursor.advance();
   }
 
-  // ----------------------------------------------------------------------------- head dim 128
+  // --------------------------------------------------------- head dim 128, with dQ's warpgroup
 
   // dP takes the registers of S, dS those of P. Step i: S(i) and dK(i-1); the exponentials; dP(i)
   // and dV(i); dS(i). In between the tensor cores are the others'.
@@ -172,6 +174,60 @@ struct BackwardSteps {
     ds.hand_over();
     sm90::wgmma_wait<0>();  // dK
     release_queries(rdK, cursor);
+    cursor.advance();
+  }
+
+  // -------------------------------------------------------------------- head dim 128, without it
+
+  // Step i: S(i), then dV and dK of step i-1 run on the tensor cores one after the other; the
+  // exponentials hide behind the second. dP(i) comes last, once P and dS of step i-1 have left
+  // their registers: all at once there are not enough.
+  template <typename BesideFirstScores>
+  EQX_DEVICE void run_dp_last(float (&rdK)[kHeadDim / 2], float (&rdV)[kHeadDim / 2],
+                              BesideFirstScores&& beside_first_scores) {
+    float rS[kBlockM / 2], rdP[kBlockM / 2];
+    uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
+    int m_block = me.at.queries.first;
+
+    auto finish_ds = [&] {  // P and dS as operands of the next step's products
+      me.start_dp(rdP, cursor);
+      Consumer::pack(rP, rS);
+      sm90::wgmma_wait<0>();  // dP
+      sm90::pin(rdP);
+      Consumer::pack_product(rdS, rS, rdP);  // dS^T = P^T * (dP^T - delta + dlse)
+    };
+    auto start_gradients = [&](Cursor at) {
+      me.multiply(rdV, rP, me.dout_at(at));  // dV += P^T dO
+      me.multiply(rdK, rdS, me.q_at(at));    // dK += dS^T Q
+      sm90::wgmma_commit();
+    };
+    auto release_step = [&](Cursor at) {  // dV and dK are done
+      sm90::pin(rdV);
+      me.release(me.smem.dout, at);  // the producer may refill dO
+      release_queries(rdK, at);
+    };
+
+    me.start_scores(rS, cursor);
+    beside_first_scores();
+    sm90::wgmma_wait<0>();  // S(0)
+    me.probabilities(rS, m_block);
+    finish_ds();
+#pragma unroll 1
+    for (int step = 1; step < me.at.steps; ++step) {
+      const Cursor previous = cursor;
+      cursor.advance();
+      m_block = me.at.next_query_block(m_block);
+      me.start_scores(rS, cursor);
+      start_gradients(previous);
+      sm90::wgmma_wait<1>();  // S(i)
+      me.probabilities(rS, m_block);
+      sm90::wgmma_wait<0>();  // dV, dK
+      release_step(previous);
+      finish_ds();
+    }
+    start_gradients(cursor);
+    sm90::wgmma_wait<0>();  // dV, dK
+    release_step(cursor);
     cursor.advance();
   }
 };
