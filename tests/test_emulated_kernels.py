@@ -189,6 +189,21 @@ def test_scores_that_rise_within_a_tile(run, outcome_of):
     assert found.worst_error <= 1
 
 
+LARGE_SCORES = [
+    Run("backward", 64, "full", more_cases=RISING),
+    Run("backward", 128, "causal", more_cases=RISING),
+    Run("deterministic", 256, "full", more_cases=RISING),
+]
+
+
+@pytest.mark.parametrize("run", LARGE_SCORES, ids=str)
+def test_gradients_of_large_scores(run, outcome_of):
+    """S starts from -lse / scale: far from zero, it needs all bits of a float."""
+    found = outcome_of(run)
+    assert not found.problem
+    assert found.worst_error <= 1
+
+
 # ---- The emulator --------------------------------------------------------------------------------
 
 FORWARD, KEYS, STEPS, DKDV, DQ, FUSED = (

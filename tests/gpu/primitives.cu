@@ -11,6 +11,7 @@
 #include "sm90/barrier.cuh"
 #include "sm90/registers.cuh"
 #include "sm90/smem_tile.cuh"
+#include "sm90/start_tile.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
 
@@ -114,6 +115,41 @@ __global__ void __launch_bounds__(kWarpgroup)
   wgmma_wait<0>();
   pin(acc);
   for_accumulator<kN>([&](int i, int row, int col) { d[row * kN + col] = acc[i]; });
+}
+
+// d [3, 64, kN]: columns that start from `first`, from `second`, and from one plus the other.
+template <int kN>
+__global__ void __launch_bounds__(kWarpgroup)
+    starts_kernel(const float* first, const float* second, float* d) {
+  using Tile = StartTile<kN>;
+  const uint32_t tile = first_tile();
+  const uint32_t ones = tile + Tile::kBytes;
+  for (int row = threadIdx.x; row < kN; row += kWarpgroup) {
+    Tile::write(tile, row, first[row], second[row]);
+  }
+  if (threadIdx.x < Tile::kOnesThreads) Tile::write_ones(ones, threadIdx.x);
+  fence_async_proxy();
+  __syncthreads();
+
+  float acc[kN / 2];
+#pragma unroll
+  for (float& x : acc) x = std::numeric_limits<float>::quiet_NaN();  // must not be read
+  auto put = [&](int which) {
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(acc);
+    for_accumulator<kN>(
+        [&](int i, int row, int col) { d[(which * kRows + row) * kN + col] = acc[i]; });
+    wgmma_fence();
+  };
+  const Descriptor at_ones = Descriptor::origin(ones), at_tile = Descriptor::origin(tile);
+  wgmma_fence();
+  mma_start<kN, Start::kSecond>(acc, at_ones, at_tile, false);
+  put(1);
+  mma_start<kN, Start::kFirst>(acc, at_ones, at_tile, false);
+  put(0);
+  mma_start<kN, Start::kSecond>(acc, at_ones, at_tile, true);
+  put(2);
 }
 
 // d [64, kD] += p [64, kN] v [kN, kD], p rounded to 16 bits where it lies in registers.
@@ -372,6 +408,16 @@ cudaError_t scores(bool is_half, int n, int k, bool register_a, const uint16_t* 
                         call.copy_in_and_out(d, kRows * n));
       });
     });
+  });
+}
+
+cudaError_t starts(int n, const float* first, const float* second, float* d) {
+  return with_constant<64, 128>(n, [&](auto n) {
+    using Tile = StartTile<n>;
+    Call call;
+    return call.run(starts_kernel<n>, kWarpgroup, Tile::kBytes + Tile::kOnesBytes,
+                    call.copy_in(first, n), call.copy_in(second, n),
+                    call.copy_in_and_out(d, 3 * kRows * n));
   });
 }
 

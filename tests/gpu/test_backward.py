@@ -110,6 +110,28 @@ def test_a_query_that_sees_nothing_gives_and_gets_zeros(head_dim, deterministic)
         )
 
 
+@each_implementation
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_in_dlse_does_not_reach_dv(value, head_dim, deterministic):
+    """P and dP start from numbers that lie side by side."""
+    q, k, v, dout, dlse = operands("bfloat16", 1, 200, 150, 2, 2, head_dim)
+    run = functools.partial(gradients.flash_gradients, mask="full", deterministic=deterministic)
+    dq, dk, dv = (np.asarray(x, np.float32) for x in run(
+        q, k, v, dout, dlse.at[0, 1, 77].set(value))
+    )  # fmt: skip
+    expected_dq, expected_dk, expected_dv = (
+        np.asarray(x, np.float32) for x in run(q, k, v, dout, dlse)
+    )
+    np.testing.assert_array_equal(dv, expected_dv)
+    np.testing.assert_array_equal(dk[:, :, 0], expected_dk[:, :, 0])  # the other head
+    assert not np.isfinite(dk[:, :, 1]).any()
+    assert not np.isfinite(dq[0, 77, 1]).any()
+    np.testing.assert_allclose(  # the others' sums may come in another order
+        np.delete(dq[0, :, 1], 77, 0), np.delete(expected_dq[0, :, 1], 77, 0), atol=1e-2
+    )
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_without_dlse_as_with_zeros(head_dim):
     q, k, v, dout, dlse = operands("bfloat16", 2, 300, 200, 4, 2, head_dim)
@@ -188,6 +210,7 @@ def test_the_gradient_of_the_drop_in_is_the_kernels(deterministic):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements_of_scratch():
     """The fp32 accumulator of dQ is the largest array: here 2^31 + 2^28 elements."""
     heads, seq = 9, 2**18

@@ -93,6 +93,43 @@ class TestScores:
         assert_sums_close(scores(library, a, b, register_a), a, b.T)
 
 
+def starts(library, first, second) -> np.ndarray:
+    """The columns of three accumulators: first, second, first + second."""
+    n = len(first)
+    d = np.full((3, ROWS, n), np.nan, np.float32)
+    d = library.call("starts", n, first, second, d)
+    np.testing.assert_array_equal(d, np.broadcast_to(d[:, :1], d.shape))  # the same in all rows
+    return d[:, 0]
+
+
+@pytest.mark.parametrize("n", [64, 128])
+class TestStarts:
+    def test_columns_start_from_floats(self, library, rng, n):
+        first, second = (
+            (rng.standard_normal(n) * 2.0 ** rng.integers(-60, 60, n)).astype(np.float32)
+            for _ in range(2)
+        )
+        ours = starts(library, first, second)
+        exact = np.stack([first, second, first.astype(np.float64) + second])
+        size = np.stack([abs(first), abs(second), abs(first) + abs(second)])
+        assert np.all(abs(ours - exact) <= 2.0**-21 * size)
+
+    def test_the_second_may_be_anything(self, library, rng, n):
+        """It is not chosen in S, and may not be noticed there."""
+        first = rng.standard_normal(n).astype(np.float32)
+        second = np.resize(np.array([np.nan, np.inf, -np.inf, 3.3e38, 1.0], np.float32), n)
+        ours = starts(library, first, second)
+        np.testing.assert_allclose(ours[0], first, rtol=2.0**-21)
+        finite = second == 1
+        np.testing.assert_array_equal(ours[1][finite], 1)
+        assert not np.isfinite(ours[1][~finite]).any()
+
+    def test_the_largest_first(self, library, n):
+        """What a row without visible keys has."""
+        first = np.full(n, -3e38, np.float32)
+        np.testing.assert_allclose(starts(library, first, first * 0)[0], first, rtol=2.0**-21)
+
+
 def output_product(library, p, v, d) -> np.ndarray:
     """d + p v, with p rounded to the type of v."""
     return library.call("output_product", v.dtype == F16, *v.shape, p, bits(v), d)
