@@ -295,7 +295,12 @@ MUTATIONS = {
         ),
     ),
     ("backward", 128): (
-        Mutation("S is not waited for", STEPS, "sm90::wgmma_wait<1>();  // S(i)"),
+        Mutation(
+            "S is not waited for", STEPS,
+            "sm90::wgmma_wait<1>();  // S(i)\n      me.probabilities(rS, m_block);\n"
+            "      sm90::wgmma_wait<0>();  // dK",
+            "me.probabilities(rS, m_block);\n      sm90::wgmma_wait<0>();  // dK",
+        ),
         Mutation("dS overwrites P", STEPS, "sm90::wgmma_wait<0>();  // dP, dV"),
         Mutation("dP is added to P", STEPS, "me.at.steps < 0", "true"),
         Mutation(
@@ -311,6 +316,9 @@ MUTATIONS = {
             message=r"deadlock; .* waits for registers",
         ),
         Mutation("K is released early", DQ, "sm90::wgmma_wait<1>();  // dQ"),
+    ),
+    ("deterministic", 128): (
+        Mutation("dP is not waited for", STEPS, "sm90::wgmma_wait<0>();  // dP\n"),
     ),
     ("deterministic", 256): (
         Mutation("P is not waited for", DKDV, "smem.probabilities.wait_full(slot);"),
