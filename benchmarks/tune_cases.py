@@ -35,6 +35,7 @@ class Case:
     alignment: str = "bottom_right"
     query_factor: float = 1.0
     spike: float = 0.0  # added to the scores of four keys, one in each lane of a row
+    level: float = 0.0  # all scores
     has_dlse: bool = True
     launches: int = 2  # whose results must agree
 
@@ -116,6 +117,9 @@ class Checker:
         if case.spike:
             q[..., 0], k[..., 0] = 8, 0
             k[:, :7:2, :, 0] = case.spike / 8 / self._scale(case)
+        if case.level:
+            q[...] = 0
+            q[..., 0], k[..., 0] = 8, case.level / 8 / self._scale(case)
         dout, dlse = gradient_oracle.random_cotangents(
             self._dtype, batch, case.seq_q, heads, head_dim
         )

@@ -11,8 +11,8 @@ namespace eqx_flash {
 inline constexpr int kMaxSharedMemory = 232448;  // a block's limit on sm_90, bytes
 inline constexpr int kWarpgroupRows = 64;        // rows of one wgmma
 
-// What a thread of each warpgroup together is started with, and setmaxnreg can distribute: it waits
-// forever for more.
+// What setmaxnreg can distribute: the registers of a thread of each warpgroup, summed, as they are
+// when a block starts. For more it waits forever.
 constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8 * (threads / 128); }
 
 struct ForwardTile {

@@ -398,3 +398,16 @@ REPORT = "FAILED tests/a.py::test_x[1] - assert 0\n1 failed, 2 passed in 3 s\n"
 )
 def test_failures_are_named_also_without_a_report(report, output, expected):
     assert importlib.import_module("run_on_gpu").failures(output) == expected
+
+
+@pytest.mark.parametrize(
+    "code, right, expected",
+    [(0, (0,), "ok"), (5, (0,), "FAILED (exit code 5)"), (5, (0, 5), "ok")],
+)
+def test_an_exit_code_is_judged(report, tmp_path, code, right, expected):
+    """pytest's 5, no tests, is right where a keyword may have selected none."""
+    session = importlib.import_module("run_on_gpu").Session(tmp_path, 60)
+    run = session.start(sys.executable, "-c", f"raise SystemExit({code})")
+    verdict, _ = session.finish("title", run, 30, right)
+    assert verdict.startswith(expected + " [")
+    assert session.failed == (expected != "ok")

@@ -206,7 +206,7 @@ struct BackwardKeys {
   EQX_DEVICE static void write_starts(const BackwardKeysArguments& args, const Smem& smem,
                                       const Block& at, Cursor& cursor) {
     constexpr int kRowsPerLane = kBlockM / sm90::kWarp;
-    constexpr float kMost = 3e38f;  // of a bf16: a row that sees nothing has an lse of +inf
+    constexpr float kMost = Starts::kMost;  // a row that sees nothing has an lse of +inf
     const int lane = threadIdx.x % sm90::kWarp;
     const float per_lse = -1.f / Consumer::scale_log2_of(args);
     for_each_step(args, at, [&](int, int m_block, int head) {

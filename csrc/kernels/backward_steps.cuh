@@ -63,7 +63,7 @@ struct BackwardSteps {
     float rS[kBlockM / 2], rdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
     uint32_t rV[kHeadDim / 4];  // for good, since it spares shared memory; no room for K, too
-    int m_block = me.at.queries.first;
+    int m_block = me.at.first_query_block();
 
     auto start_dp = [&] {              // dP^T - delta + dlse = V dO^T + (dlse - delta)
       me.smem.dout.wait_full(cursor);  // dO has landed
@@ -127,7 +127,7 @@ struct BackwardSteps {
                             BesideFirstScores&& beside_first_scores) {
     float rS[kBlockM / 2];     // S, then P, then dP
     uint32_t rP[kBlockM / 4];  // P, then dS
-    int m_block = me.at.queries.first;
+    int m_block = me.at.first_query_block();
 
     // It is nothing that dP is added to. ptxas may not know that, else it begins dP before P is
     // complete, in registers that there are not.
@@ -187,7 +187,7 @@ struct BackwardSteps {
                               BesideFirstScores&& beside_first_scores) {
     float rS[kBlockM / 2], rdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4], rdS[kBlockM / 4];
-    int m_block = me.at.queries.first;
+    int m_block = me.at.first_query_block();
 
     auto finish_ds = [&] {  // P and dS as operands of the next step's products
       me.start_dp(rdP, cursor);

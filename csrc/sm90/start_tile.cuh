@@ -24,15 +24,15 @@ struct StartTile {
   static constexpr int kBytes = kRows * kRowBytes;
   static constexpr int kOnesThreads = 24;
   static constexpr int kOnesBytes = kOnesThreads * kRowBytes;
+  static constexpr float kMost = 3e38f;  // `first` may not be beyond this, about what a bf16 holds
 
   // `second` is added, as 0, also where `first` is chosen: it may not be NaN or infinite there, and
-  // becomes a finite number whose triple is infinite. A fence_async_proxy must follow.
+  // becomes three times kMost, whose sum is infinite. A fence_async_proxy must follow.
   EQX_DEVICE static void write(uint32_t tile, int row, float first, float second) {
-    constexpr float kThirdOfInfinity = 3e38f;
     const Parts a = split(first);
     Parts b = split(second);
-    if (!(fabsf(second) <= kThirdOfInfinity)) {
-      const float third = copysignf(kThirdOfInfinity, second);
+    if (!(fabsf(second) <= kMost)) {
+      const float third = copysignf(kMost, second);
       b = {pack<__nv_bfloat16>(third, third), pack<__nv_bfloat16>(third, 0.f)};
     }
     store_shared_x4(tile + row * kRowBytes, a.high_middle, a.low_zero, b.high_middle, b.low_zero);

@@ -7,7 +7,6 @@ No tolerance is chosen by hand.
 """
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +15,6 @@ import ml_dtypes
 import numpy as np
 
 import eqx_flash
-
-# Else XLA tries algorithms for each of the formula's products, for a minute where a test takes six
-# seconds. It reads this when it first compiles.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 MASKS = ("full", "top_left", "bottom_right")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

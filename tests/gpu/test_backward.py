@@ -116,19 +116,36 @@ def test_a_query_that_sees_nothing_gives_and_gets_zeros(head_dim, deterministic)
 def test_what_is_no_number_in_dlse_does_not_reach_dv(value, head_dim, deterministic):
     """P and dP start from numbers that lie side by side."""
     q, k, v, dout, dlse = operands("bfloat16", 1, 200, 150, 2, 2, head_dim)
-    run = functools.partial(gradients.flash_gradients, mask="full", deterministic=deterministic)
-    dq, dk, dv = (np.asarray(x, np.float32) for x in run(
-        q, k, v, dout, dlse.at[0, 1, 77].set(value))
-    )  # fmt: skip
-    expected_dq, expected_dk, expected_dv = (
-        np.asarray(x, np.float32) for x in run(q, k, v, dout, dlse)
-    )
+
+    def run(dlse):
+        found = gradients.flash_gradients(q, k, v, dout, dlse, "full", deterministic)
+        return [np.asarray(x, np.float32) for x in found]
+
+    dq, dk, dv = run(dlse.at[0, 1, 77].set(value))
+    expected_dq, expected_dk, expected_dv = run(dlse)
     np.testing.assert_array_equal(dv, expected_dv)
     np.testing.assert_array_equal(dk[:, :, 0], expected_dk[:, :, 0])  # the other head
     assert not np.isfinite(dk[:, :, 1]).any()
     assert not np.isfinite(dq[0, 77, 1]).any()
     np.testing.assert_allclose(  # the others' sums may come in another order
         np.delete(dq[0, :, 1], 77, 0), np.delete(expected_dq[0, :, 1], 77, 0), atol=1e-2
+    )
+
+
+@each_implementation
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("scale", [1e-20, 1.2e-38])
+def test_a_scale_that_leaves_nothing_of_the_scores(scale, head_dim, deterministic):
+    """S starts from -lse / scale, which may not overflow."""
+    q, k, v, dout, dlse = operands("bfloat16", 1, 200, 256, 2, 2, head_dim)
+    out, lse = oracle.flash(q, k, v, scale=scale)
+    np.testing.assert_allclose(lse, np.log(256), rtol=1e-5)
+    _, _, dv = eqx_flash.flash_attention_hopper_bwd(
+        q, k, v, out, lse, dout, dlse, scale, deterministic=deterministic
+    )
+    mean = np.asarray(dout, np.float32).sum(axis=1, keepdims=True) / 256
+    np.testing.assert_allclose(
+        np.asarray(dv, np.float32), np.broadcast_to(mean, v.shape), atol=1e-2, rtol=1e-2
     )
 
 
