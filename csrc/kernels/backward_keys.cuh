@@ -206,7 +206,6 @@ struct BackwardKeys {
   EQX_DEVICE static void write_starts(const BackwardKeysArguments& args, const Smem& smem,
                                       const Block& at, Cursor& cursor) {
     constexpr int kRowsPerLane = kBlockM / sm90::kWarp;
-    constexpr float kMost = Starts::kMost;  // a row that sees nothing has an lse of +inf
     const int lane = threadIdx.x % sm90::kWarp;
     const float per_lse = -1.f / Consumer::scale_log2_of(args);
     for_each_step(args, at, [&](int, int m_block, int head) {
@@ -222,9 +221,8 @@ struct BackwardKeys {
       smem.q.wait_empty(cursor);  // all consumers are done with the step this stage held
 #pragma unroll
       for (int i = 0; i < kRowsPerLane; ++i) {
-        const float score = scores[i] < -kMost ? -kMost : scores[i] > kMost ? kMost : scores[i];
         Starts::write(smem.base + Smem::kStarts + cursor.stage * Starts::kBytes,
-                      lane + i * sm90::kWarp, score, dps[i]);
+                      lane + i * sm90::kWarp, scores[i], dps[i]);
       }
       sm90::fence_async_proxy();
       smem.q.full(cursor.stage).arrive();  // the products may start

@@ -24,12 +24,13 @@ struct StartTile {
   static constexpr int kBytes = kRows * kRowBytes;
   static constexpr int kOnesThreads = 24;
   static constexpr int kOnesBytes = kOnesThreads * kRowBytes;
-  static constexpr float kMost = 3e38f;  // `first` may not be beyond this, about what a bf16 holds
+  static constexpr float kMost = 3e38f;  // about what a bf16 holds
 
-  // `second` is added, as 0, also where `first` is chosen: it may not be NaN or infinite there, and
-  // becomes three times kMost, whose sum is infinite. A fence_async_proxy must follow.
+  // Each is added, as 0, also where the other is chosen, so neither may be NaN or infinite in the
+  // tile: beyond kMost `first` becomes kMost, and `second` three times that, whose sum is infinite.
+  // A fence_async_proxy must follow.
   EQX_DEVICE static void write(uint32_t tile, int row, float first, float second) {
-    const Parts a = split(first);
+    const Parts a = split(first < -kMost ? -kMost : first > kMost ? kMost : first);
     Parts b = split(second);
     if (!(fabsf(second) <= kMost)) {
       const float third = copysignf(kMost, second);
