@@ -70,10 +70,9 @@ struct BackwardFusedKernel : BackwardKeys<Element, kHeadDim, kMask, backward_fus
   };
 
   struct Smem : Base::Smem {
-    static constexpr uint32_t kMoreBarriers = Base::Smem::kBytes;
+    static constexpr uint32_t kMoreBarriers = Base::Smem::kMore;
     static constexpr uint32_t kSlots = kMoreBarriers + 96;
-    static constexpr int kBytes = kSlots + 2 * Slot::kBytes;
-    static_assert(kBytes <= kMaxSharedMemory);
+    static_assert(kSlots + 2 * Slot::kBytes <= Base::Smem::kLastKeys);
     ScoreRing ds;
     sm90::Ring<2> tile;       // the scheduler works one block ahead
     sm90::Barrier wanted;     // the next block, by who loads this one
@@ -176,7 +175,7 @@ struct BackwardFusedKernel : BackwardKeys<Element, kHeadDim, kMask, backward_fus
     for_each_block(smem, [&](int tile_index, Slot slot) {
       const Block at = slot.read_uniform();
       const auto key_at = KeyCursor::after(tile_index);
-      const auto k = keys + key_at.stage * 2 * Base::Smem::kKeyBytes;
+      const auto k = keys + key_at.stage * Base::Smem::kKeyStride;
       smem.keys.wait_full(key_at);  // K has landed
       for (int head = at.key_head * group; head < (at.key_head + 1) * group; ++head) {
         const int64_t batch_head = int64_t{at.batch} * shape.heads + head;

@@ -57,11 +57,18 @@ struct BackwardKeys {
     static constexpr uint32_t kDout = kQ + kTile.k_stages * QueryTile::kBytes;
     static constexpr uint32_t kDs = kDout + kTile.k_stages * QueryTile::kBytes;
     static constexpr uint32_t kProbabilities = kDs + kTile.ds_stages * ScoreTile::kBytes;
-    static constexpr uint32_t kKeys = kProbabilities + 2 * kProbabilityBytes;
-    static constexpr uint32_t kStarts = kKeys + kKeyStages * 2 * kKeyBytes;
+    // Small things lie before the last stage of K and V: compute-sanitizer takes an operand of
+    // wgmma for 2 KB in a row, which the ones, read over and over, must therefore have behind them.
+    static constexpr uint32_t kLarge = kProbabilities + 2 * kProbabilityBytes;
+    static constexpr uint32_t kStarts = kLarge + (kKeyStages - 1) * 2 * kKeyBytes;
     static constexpr uint32_t kOnes = kStarts + kTile.k_stages * Starts::kBytes;
     static constexpr uint32_t kBarriers = kOnes + Starts::kOnesBytes;
-    static constexpr int kBytes = kBarriers + 192;
+    static constexpr uint32_t kMore = kBarriers + 192;  // what a kernel adds
+    static constexpr uint32_t kLastKeys = (kMore + 160 + 1023) / 1024 * 1024;
+    static constexpr uint32_t kKeyStride = kLastKeys - kLarge;  // from stage to stage
+    static constexpr uint32_t kKeys = kLastKeys - (kKeyStages - 1) * kKeyStride;
+    static constexpr int kBytes = kLastKeys + 2 * kKeyBytes;
+    static_assert(kKeyStages <= 2);
     static_assert(kBytes <= kMaxSharedMemory);
     uint32_t base;
     sm90::Descriptor origin;       // of `base`: what is a constant away from it needs no register
@@ -78,7 +85,7 @@ struct BackwardKeys {
       dout = {base + kDout, QueryTile::kBytes, base + kBarriers + kRingBarriers};
       probabilities = {base + kProbabilities, kProbabilityBytes,
                        base + kBarriers + 2 * kRingBarriers};
-      keys = {base + kKeys, 2 * kKeyBytes, probabilities.barriers + sm90::Ring<2>::kBarrierBytes};
+      keys = {base + kKeys, kKeyStride, probabilities.barriers + sm90::Ring<2>::kBarrierBytes};
     }
     // By all threads; a __syncthreads must follow.
     EQX_DEVICE void init_ones() const {
@@ -251,7 +258,7 @@ struct BackwardKeys {
     }
     EQX_DEVICE void take(const Block& block, KeyCursor key_at) {
       at = block;
-      slab = Smem::kKeys + key_at.stage * 2 * Smem::kKeyBytes + key_slab * KeySlab::kBytes;
+      slab = Smem::kKeys + key_at.stage * Smem::kKeyStride + key_slab * KeySlab::kBytes;
       smem.keys.wait_full(key_at);  // K and V have landed
     }
     // The block of a thread block that has but one.
