@@ -293,6 +293,14 @@ MUTATIONS = {
             "S starts from 16 bits", "sm90/start_tile.cuh", "x - high - middle, 0.f", "0.f, 0.f",
             more_cases=FAR,
         ),
+        Mutation(
+            "a start is infinite", "sm90/start_tile.cuh",
+            "split(first < -kMost ? -kMost : first > kMost ? kMost : first)", "split(first)",
+        ),
+        Mutation(
+            "nothing lies behind the ones", KEYS, "smem.origin + Smem::kOnes",
+            "smem.origin + (Smem::kBytes - Starts::kOnesBytes)", message="access to 2048 bytes",
+        ),
         Mutation("starts overwrite starts", KEYS, "smem.q.wait_empty(cursor);"),
         Mutation(
             "no fence after the starts", KEYS, "sm90::fence_async_proxy();\n      smem", "smem"

@@ -72,7 +72,7 @@ struct BackwardFusedKernel : BackwardKeys<Element, kHeadDim, kMask, backward_fus
   struct Smem : Base::Smem {
     static constexpr uint32_t kMoreBarriers = Base::Smem::kMore;
     static constexpr uint32_t kSlots = kMoreBarriers + 96;
-    static_assert(kSlots + 2 * Slot::kBytes <= Base::Smem::kLastKeys);
+    static_assert(kSlots + 2 * Slot::kBytes <= kMoreBarriers + Base::Smem::kMoreBytes);
     ScoreRing ds;
     sm90::Ring<2> tile;       // the scheduler works one block ahead
     sm90::Barrier wanted;     // the next block, by who loads this one
@@ -89,10 +89,7 @@ struct BackwardFusedKernel : BackwardKeys<Element, kHeadDim, kMask, backward_fus
       keys_read = {wanted.address + sm90::Barrier::kBytes};
     }
     EQX_DEVICE void init_barriers() const {
-      for (int stage = 0; stage < Base::kTile.ds_stages; ++stage) {
-        ds.full(stage).init(2 * sm90::kWarpgroup);
-        ds.empty(stage).init(sm90::kWarpgroup / sm90::kWarp);
-      }
+      ds.init(sm90::kWarpgroup / sm90::kWarp, 2 * sm90::kWarpgroup);
       tile.init(kConsumerWarps + 2);  // and those of produce() and write_starts()
       wanted.init(1);
       keys_read.init(sm90::kWarpgroup);

@@ -64,7 +64,8 @@ struct BackwardKeys {
     static constexpr uint32_t kOnes = kStarts + kTile.k_stages * Starts::kBytes;
     static constexpr uint32_t kBarriers = kOnes + Starts::kOnesBytes;
     static constexpr uint32_t kMore = kBarriers + 192;  // what a kernel adds
-    static constexpr uint32_t kLastKeys = (kMore + 160 + 1023) / 1024 * 1024;
+    static constexpr uint32_t kMoreBytes = 160;
+    static constexpr uint32_t kLastKeys = (kMore + kMoreBytes + 1023) / 1024 * 1024;
     static constexpr uint32_t kKeyStride = kLastKeys - kLarge;  // from stage to stage
     static constexpr uint32_t kKeys = kLastKeys - (kKeyStages - 1) * kKeyStride;
     static constexpr int kBytes = kLastKeys + 2 * kKeyBytes;
@@ -79,6 +80,9 @@ struct BackwardKeys {
 
     EQX_DEVICE explicit Smem(const void* dynamic) {
       constexpr uint32_t kRingBarriers = sm90::Ring<kTile.k_stages>::kBarrierBytes;
+      static_assert(2 * kRingBarriers + sm90::Ring<2>::kBarrierBytes +
+                        sm90::Ring<kKeyStages>::kBarrierBytes <=
+                    kMore - kBarriers);
       base = sm90::shared_address(dynamic);
       origin = sm90::Descriptor::origin(base);
       q = {base + kQ, QueryTile::kBytes, base + kBarriers};
@@ -97,10 +101,7 @@ struct BackwardKeys {
     EQX_DEVICE void init_barriers() const {
       q.init(kKeyWarps, 1 + sm90::kWarp);  // the load, and write_starts
       dout.init(kKeyWarps);
-      for (int stage = 0; stage < 2; ++stage) {
-        probabilities.full(stage).init(sm90::kWarpgroup);
-        probabilities.empty(stage).init(sm90::kWarpgroup);
-      }
+      probabilities.init(sm90::kWarpgroup, sm90::kWarpgroup);
       keys.init(kKeySlabs);  // whoever stores through a slab gives it back
       sm90::fence_barrier_init();
     }
