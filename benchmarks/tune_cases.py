@@ -34,7 +34,7 @@ class Case:
     missing_columns: int = 0  # of the tile's head dim
     alignment: str = "bottom_right"
     query_factor: float = 1.0
-    spike: float = 0.0  # added to the scores of four keys, one in each lane of a row
+    spike: float = 0.0  # added to the scores of keys 128 to 134, one in each lane of a row
     level: float = 0.0  # all scores
     has_dlse: bool = True
     launches: int = 2  # whose results must agree
@@ -116,7 +116,7 @@ class Checker:
         q = (q.astype(np.float32) * case.query_factor).astype(q.dtype)
         if case.spike:
             q[..., 0], k[..., 0] = 8, 0
-            k[:, :7:2, :, 0] = case.spike / 8 / self._scale(case)
+            k[:, 128:135:2, :, 0] = case.spike / 8 / self._scale(case)
         if case.level:
             q[...] = 0
             q[..., 0], k[..., 0] = 8, case.level / 8 / self._scale(case)

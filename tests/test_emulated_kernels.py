@@ -28,7 +28,8 @@ class Mutation:
     text: str
     replacement: str = ";  //"  # and what is left of the line is a comment
     message: str = ""  # a pattern; none: the results may be wrong instead
-    case: int = 0  # which shows it
+    mask: str = "full"  # and the case, which show it
+    case: int = 0
     more_cases: tuple[Case, ...] = ()
 
 
@@ -221,7 +222,7 @@ FORWARD, KEYS, STEPS, DKDV, DQ, FUSED = (
 MUTATIONS = {
     ("forward", 64): (
         Mutation("S is not waited for", FORWARD, "sm90::wgmma_wait<1>();  // S(n) is done"),
-        Mutation("V is not waited for", FORWARD, "smem.v.wait_full(v_at);  // V(n+1) has landed"),
+        Mutation("V is not waited for", FORWARD, "smem.v.wait_full(v_at);  // V(n-1) has landed"),
         Mutation("a full stage is refilled", FORWARD, "ring.wait_empty(at);"),
         Mutation("O is stored before it is written", FORWARD, "sync_slab();  // the slab is"),
         Mutation(
@@ -258,6 +259,14 @@ MUTATIONS = {
             "no fence after mbarriers", "sm90/barrier.cuh",
             'asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");',
             message="no mbarrier is initialised, and fenced",
+        ),
+        Mutation(
+            "a turn is left out", FORWARD, "wait_turn();\n      pass_turn();\n    };",
+            "};", mask="causal", message="deadlock",
+        ),
+        Mutation(
+            "scores computed anew are not masked", FORWARD,
+            "if constexpr (kMasked) mask_scores(reader);", mask="causal", more_cases=RISING,
         ),
     ),
     ("forward", 128): (
@@ -341,7 +350,7 @@ MUTATIONS = {
     ),
 }  # fmt: skip
 MUTATED = [
-    Run(pass_, head_dim, "full", mutation=mutation, more_cases=mutation.more_cases)
+    Run(pass_, head_dim, mutation.mask, mutation=mutation, more_cases=mutation.more_cases)
     for (pass_, head_dim), mutations in MUTATIONS.items()
     for mutation in mutations
 ]

@@ -182,17 +182,17 @@ struct ForwardKernel {
             }
           };
           const int key_head = place.head / heads_per_key_head;
-          int n_block = extent.keys.count - 1;
+          const int last_block = extent.keys.count - 1;
           if constexpr (kQFirst) load_queries();
-          load_keys(args.k, smem.k, k_at, keep, n_block, key_head, place.batch);
+          load_keys(args.k, smem.k, k_at, keep, 0, key_head, place.batch);
           if constexpr (!kQFirst) load_queries();
 #pragma unroll 1  // its registers are few
-          for (; n_block >= 0; --n_block) {
-            if (kDynamicTiles && n_block == min(extent.keys.count - 1, kClaimAhead)) {
+          for (int n_block = 0; n_block <= last_block; ++n_block) {
+            if (kDynamicTiles && n_block == max(0, last_block - kClaimAhead)) {
               smem.wanted.arrive();
             }
-            if (n_block > 0)
-              load_keys(args.k, smem.k, k_at, keep, n_block - 1, key_head, place.batch);
+            if (n_block < last_block)
+              load_keys(args.k, smem.k, k_at, keep, n_block + 1, key_head, place.batch);
             if constexpr (!kTwoProducers) {
               load_keys(args.v, smem.v, v_at, keep, n_block, key_head, place.batch);
             }
@@ -208,7 +208,7 @@ struct ForwardKernel {
     for_each_tile(smem, [&](int, const TileSlot::Extent& extent, const TileSlot::Place& place) {
       const int key_head = place.head / heads_per_key_head;
 #pragma unroll 1
-      for (int n_block = extent.keys.count - 1; n_block >= 0; --n_block) {
+      for (int n_block = 0; n_block < extent.keys.count; ++n_block) {
         load_keys(args.v, smem.v, at, keep, n_block, key_head, place.batch);
       }
     });
@@ -236,8 +236,9 @@ struct ForwardKernel {
     // The tile being worked on.
     int tile_index = 0;
     TileSlot::Extent extent;
-    int first_row, n_block;
-    bool skips;  // the last block of keys
+    int first_row, n_block, last_block;
+    bool skips;            // the block of keys after that
+    bool skipped = false;  // its K, and not yet its V
 
     // Taking turns is worth 9 % at head dim 64, and 2 to 4 at 128 without a mask. Elsewhere
     // warpgroups settle by themselves.
@@ -282,17 +283,21 @@ struct ForwardKernel {
         sm90::load_operand_step<QSlab>(q, my_q.buffer(q_stage()), reader, k);
       }
     };
+    auto mask_scores = [&](int its_thread) {
+      apply_mask<kMask, kBlockN>(rS, its_thread, first_row, n_block, params.seq_k, params.diagonal);
+    };
     // Rare: this block has scores far above the reference.
-    auto raise_reference = [&] {
+    auto raise_reference = [&]<bool kMasked>() {
       if (softmax.any_row_above(
               softmax.kLargest)) {  // overflow: scores once more, while K is still there
-        int reader = thread;
-        // Else its addresses would take registers of the main loop.
-        asm volatile("" : "+r"(reader));
+        // This thread, which ptxas may not know: else addresses and the mask's predicates would take
+        // registers of the main loop.
+        const int reader = __shfl_sync(sm90::kAllLanes, thread, thread % sm90::kWarp);
         softmax.take_back();
         sm90::mma_warp_k_major<Element, KeyTile>(
             rS, smem.k.buffer(k_at.stage), reader,
             [&](uint32_t (&q)[4], int k) { query_fragment(q, k, reader); });
+        if constexpr (kMasked) mask_scores(reader);
         softmax.template update_max<0>(rS);
         softmax.template update_max<1>(rS);
         softmax.template exponentiate<0>(rS);
@@ -315,7 +320,11 @@ struct ForwardKernel {
       smem.tile.wait_full(SlotCursor::after(tile_index));  // the tile has been decided on
       extent = slot_of(tile_index).extent().uniform();
       first_row = row_of(extent.m_block);
-      n_block = extent.keys.count - 1;
+      n_block = 0;
+      last_block = extent.keys.count - 1;
+      skips = kSkips && last_block > 0 &&
+              first_row + kWarpgroupRows + params.diagonal <= last_block * kBlockN;
+      if (skips) --last_block;
       return extent.m_block >= 0;
     };
     auto open_next_tile = [&] {
@@ -334,7 +343,7 @@ struct ForwardKernel {
       release_slot(tile_index);
       my_q.empty(q_at.stage).arrive_if(elected);  // at once: the next K may be asked for after it
 #pragma unroll 1
-      for (; n_block >= 0; --n_block) {
+      for (; n_block < extent.keys.count; ++n_block) {
         smem.k.wait_full(k_at);
         smem.v.wait_full(v_at);
         wait_turn();
@@ -345,24 +354,11 @@ struct ForwardKernel {
         v_at.advance();
       }
     };
-    auto mask_scores = [&] {
-      if (n_block < extent.keys.first_masked) return;
-      apply_mask<kMask, kBlockN>(rS, first_row + sm90::accumulator_row(thread), n_block,
-                                 params.seq_k, params.diagonal);
-    };
     auto start_first_scores = [&] {
       const auto q_at = QCursor::after(tile_index);
-      skips = kSkips && n_block > 0 &&
-              first_row + kWarpgroupRows + params.diagonal <= n_block * kBlockN;
-      if (skips) {               // its K
-        smem.k.wait_full(k_at);  // the stage is no longer that of the block before it there
-        smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
-        k_at.advance();
-        --n_block;
-      }
       my_q.wait_full(q_at);  // Q has landed
       if constexpr (kRegisterQ) sm90::load_operand<QSlab>(rQ, my_q.buffer(q_at.stage), thread);
-      smem.k.wait_full(k_at);  // the last K block has landed
+      smem.k.wait_full(k_at);  // the first K block has landed
       start_scores();
     };
     auto first_softmax = [&] {
@@ -374,20 +370,29 @@ struct ForwardKernel {
         // wgmma has used, and nothing orders it before TMA's next write.
         my_q.empty(q_stage()).arrive_if(elected);
       }
-      mask_scores();
+      if (extent.keys.first_masked == 0) mask_scores(thread);
       softmax.start();
       softmax.template update_max<0>(rS);
       softmax.template exponentiate<0>(rS);
       softmax.template update_max<1>(rS);
       softmax.template exponentiate<1>(rS);
     };
-    auto skip_values = [&] {
+    auto skip_keys = [&] {
+      skipped = skips;
       if (!skips) return;
+      smem.k.wait_full(k_at);  // the stage is no longer that of the block before it there
+      smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
+      k_at.advance();
+      // The turn of the block that is left out. Whoever took it later would want the next tile's Q
+      // and K one step before they are there: 1 to 5 % at head dim 64, 1 to 2 at 256.
+      wait_turn();
+      pass_turn();
+    };
+    auto skip_values = [&] {
+      if (!skipped) return;
       smem.v.wait_full(v_at);
       smem.v.empty(v_at.stage).arrive_if(elected);  // the producer may refill this V stage
       v_at.advance();
-      wait_turn();  // of the block that is left out
-      pass_turn();
     };
     auto release_values = [&] {  // O is done
       sm90::pin(rO);
@@ -455,35 +460,35 @@ struct ForwardKernel {
 
     // ---- The main loop ----
 
-    // Step n: S(n) and O += P(n+1) V(n+1) go to the tensor cores together; softmax(n) runs beside
+    // Step n: S(n) and O += P(n-1) V(n-1) go to the tensor cores together; softmax(n) runs beside
     // the second. Where the wait for O stands decides 10 % of the speed: between the two rows'
     // exp2 passes, so that conversions and the rescale of O fill the issue slots of the second.
-    auto step = [&]<bool kLazily>() {
-      --n_block;
+    auto step = [&]<bool kMasked>() {
+      ++n_block;
       smem.k.wait_full(k_at);  // K(n) has landed
       wait_turn();             // my turn on the tensor cores
       sm90::pin(rO);
       start_scores();
-      smem.v.wait_full(v_at);  // V(n+1) has landed
+      smem.v.wait_full(v_at);  // V(n-1) has landed
       start_output();
       pass_turn();
       sm90::wgmma_wait<1>();  // S(n) is done, P V is still running
       sm90::pin(rS);
-      if constexpr (kLazily) {
+      if constexpr (kMasked) mask_scores(thread);
+      if constexpr (kLazy) {
         softmax.template exponentiate_lazily<0>(rS);
       } else {
         smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
         k_at.advance();
-        mask_scores();
         softmax.template update_max<0>(rS);
         softmax.template exponentiate<0>(rS);
         softmax.template update_max<1>(rS);
       }
       await_output();
-      if constexpr (kLazily) {
+      if constexpr (kLazy) {
         softmax.template exponentiate_lazily<1>(rS);
         if (softmax.any_row_above(softmax.kLimit)) [[unlikely]]
-          raise_reference();
+          raise_reference.template operator()<kMasked>();
         smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
         k_at.advance();
         pack_probabilities();
@@ -494,17 +499,11 @@ struct ForwardKernel {
       }
     };
     auto take_steps = [&] {
-      if constexpr (kLazy) {
-        // Rows that see nothing of the masked blocks have their first maximum from the next one.
+      const int last_unmasked = min(last_block, extent.keys.first_masked - 1);
 #pragma unroll 1
-        while (n_block > 0 && n_block >= extent.keys.first_masked)
-          step.template operator()<false>();
+      while (n_block < last_unmasked) step.template operator()<false>();
 #pragma unroll 1
-        while (n_block > 0) step.template operator()<true>();
-      } else {
-#pragma unroll 1
-        while (n_block > 0) step.template operator()<false>();
-      }
+      while (n_block < last_block) step.template operator()<true>();
     };
 
     if (warpgroup == kConsumers - 1) pass_turn();  // warpgroup 0 goes first
@@ -520,13 +519,13 @@ struct ForwardKernel {
       sm90::wgmma_wait<0>();  // S is done
       first_softmax();
       pack_probabilities();
-      skip_values();
 
       for (;;) {
         take_steps();
         if constexpr (!kRegisterQ) {
           my_q.empty(q_stage()).arrive_if(elected);  // all of S is done: the next Q may load
         }
+        skip_keys();
         if constexpr (!kOverlapTiles) break;
 
         // The last product of this tile beside the first of the next one.
@@ -535,7 +534,7 @@ struct ForwardKernel {
         wait_turn();
         sm90::pin(rO);
         start_first_scores();
-        smem.v.wait_full(v_at);  // V(0) has landed
+        smem.v.wait_full(v_at);  // the last V has landed
         start_output();
         pass_turn();
         const Closing closing = close_rows(tile_index - 1);
@@ -547,7 +546,7 @@ struct ForwardKernel {
         skip_values();
       }
 
-      smem.v.wait_full(v_at);  // V(0) has landed
+      smem.v.wait_full(v_at);  // the last V has landed
       wait_turn();
       start_output();
       pass_turn();
@@ -555,6 +554,7 @@ struct ForwardKernel {
       sm90::wgmma_wait<0>();  // the last O is done
       release_values();
       write_output(closing);
+      skip_values();
       if constexpr (!kOverlapTiles) open = open_next_tile();
     }
     if (thread == 0) sm90::tma_store_wait_read();  // shared memory must outlive the last store

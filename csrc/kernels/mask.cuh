@@ -9,7 +9,7 @@
 
 namespace eqx_flash {
 
-// The key blocks of one query tile, processed from the last to the first. Blocks from
+// The key blocks of one query tile, processed from the first to the last. Blocks from
 // `first_masked` on touch the diagonal or the end of the keys.
 struct KeyBlocks {
   int count;  // at least one: a tile whose rows see nothing masks one block completely
@@ -28,11 +28,12 @@ EQX_DEVICE KeyBlocks key_blocks(int m_block, int seq_k, int diagonal) {
   return blocks;
 }
 
-// Sets the scores of invisible keys to minus infinity. `row` is this thread's first query row.
+// Sets the scores of invisible keys to minus infinity, for one thread of a warpgroup whose rows begin
+// at `first_row`.
 template <Mask kMask, int kBlockN>
-EQX_DEVICE void apply_mask(float (&scores)[kBlockN / 2], int row, int n_block, int seq_k,
-                           int diagonal) {
-  int thread = threadIdx.x;
+EQX_DEVICE void apply_mask(float (&scores)[kBlockN / 2], int thread, int first_row, int n_block,
+                           int seq_k, int diagonal) {
+  const int row = first_row + sm90::accumulator_row(thread);
   asm volatile("" : "+r"(thread));  // else the column would take a register of the main loop
   const int first_col = n_block * kBlockN + sm90::accumulator_col(thread);
   int visible[2];  // of this thread's two rows: columns left to see, counted from its first one
