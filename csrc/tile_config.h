@@ -161,15 +161,16 @@ constexpr BackwardTile backward_fused_tile(int head_dim) {
 
 // ---- Schedules ----------------------------------------------------------------------------------
 
-// What the heads of a section (see BlockOrder) may read together, in bytes of the H100's 50 MB of
-// L2. Without a mask, blocks are equal: one head at a time reuses what it reads best. With one,
-// mixing heads levels their lengths: the longer the sequence, the more is worth it. Measured with
-// benchmarks/tune.py at 512, 2k, 8k and 16k; half or twice as much costs up to 10 %.
-constexpr int64_t forward_section_bytes(Mask mask, int seq_k) {
+// What the heads of a section (see BlockOrder) may read together, in bytes. Without a mask, blocks
+// are equal: one head at a time reuses what it reads best. With one, blocks that begin together
+// read the same keys at the same time, and mixing heads levels their lengths: few heads, but enough
+// for all multiprocessors, which at head dim 256 takes more bytes. Measured with benchmarks/tune.py
+// at 512, 2k, 8k and 16k; half as much costs up to 4 %, twice as much up to 2.
+constexpr int64_t forward_section_bytes(int head_dim, Mask mask, int seq_k) {
   if (mask == Mask::kFull) return 0;
-  if (seq_k < 2048) return 16 << 20;
-  return seq_k < 8192 ? 40 << 20 : 80 << 20;
+  return seq_k < 2048 && head_dim <= 128 ? 8 << 20 : 16 << 20;
 }
+// The same for the backward: half or twice as much costs up to 9 %.
 constexpr int64_t backward_section_bytes(int head_dim, Mask mask, int seq_k) {
   if (mask == Mask::kFull) return 0;
   if (seq_k < 2048) return 2 << 20;

@@ -71,7 +71,7 @@ inline BlockOrder make_forward_order(const ForwardParams& params, int block_m) {
   const int64_t head_bytes =
       int64_t{params.seq_k} * params.head_dim * 4 / (params.heads / params.heads_k);
   return make_block_order(blocks, tail_blocks, params.batch * params.heads, head_bytes,
-                          forward_section_bytes(params.mask, params.seq_k));
+                          forward_section_bytes(params.head_dim, params.mask, params.seq_k));
 }
 
 struct WorkTile {
