@@ -3,9 +3,11 @@
 
 All implementations run the same arrays; a cell's figure is the median of its rounds. Power limits
 the clocks, and they take a tenth of a second to follow a load. Hence many short turns, in another
-order each round: all have the clocks of the mix. A bf16 matrix product runs along, to tell a slow
-kernel from a slow machine. The backward pass is timed by itself, on what the forward pass has saved
-for it: in a difference of two times it would pay for what a fast forward pass costs both in clocks.
+order each round: all have the clocks of the mix. A cell's rounds are spread over sweeps of all
+cells, each with arrays elsewhere in memory: what a sweep happens to get moves a ratio by 1 to 2 %.
+A bf16 matrix product runs along, to tell a slow kernel from a slow machine. The backward pass is
+timed by itself, on what the forward pass has saved for it: in a difference of two times it would
+pay for what a fast forward pass costs both in clocks.
 """
 
 import argparse
@@ -193,15 +195,15 @@ def batch_seconds(program: Callable, operands: tuple, calls: int) -> float:
     return time.perf_counter() - start
 
 
-def turns(names: Iterable[Any], rounds: int) -> Iterator[list[Any]]:
+def turns(names: Iterable[Any], rounds: int, seed: int = 0) -> Iterator[list[Any]]:
     """All names in another order each round."""
-    names, order = list(names), random.Random(0)
+    names, order = list(names), random.Random(seed)
     for _ in range(rounds):
         yield order.sample(names, len(names))
 
 
 def time_in_turns(
-    runs: dict[Any, tuple[Callable, tuple]], rounds: int, batch: float
+    runs: dict[Any, tuple[Callable, tuple]], rounds: int, batch: float, seed: int = 0
 ) -> dict[Any, tuple[list[float], int]]:
     """{name: (seconds per call of each round, calls in a round)}."""
     calls = {}
@@ -210,7 +212,7 @@ def time_in_turns(
         calls[name] = max(2, round(batch / batch_seconds(program, operands, 4) * 4))
         batch_seconds(program, operands, calls[name])  # warm: clocks, too
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for names in turns(runs, rounds):
+    for names in turns(runs, rounds, seed):
         for name in names:
             seconds[name].append(batch_seconds(*runs[name], calls[name]) / calls[name])
     return {name: (seconds[name], calls[name]) for name in runs}
@@ -227,11 +229,45 @@ def runs_of(programs: dict[str, Programs], q, k, v, dout) -> Runs:
     return runs
 
 
+@dataclasses.dataclass
+class Measurement:
+    """Of one implementation in one cell."""
+
+    flops: float
+    sweeps: list[list[float]]  # seconds per call, of each round
+    calls: int  # in a round
+    difference: float | None  # the largest, to our result
+    states: list[dict[str, float | None]]  # of the machine, in a sweep
+
+    def add(self, other: "Measurement") -> None:
+        self.sweeps += other.sweeps
+        self.states += other.states
+        if self.difference is not None and other.difference is not None:
+            self.difference = max(self.difference, other.difference)
+
+    def fields(self) -> report.Row:
+        seconds = [x for sweep in self.sweeps for x in sweep]
+        lower, median, upper = statistics.quantiles(seconds, n=4)
+        return {
+            "tflops": self.flops / median / 1e12, "median_ms": 1e3 * median,
+            "lower_quartile_ms": 1e3 * lower, "upper_quartile_ms": 1e3 * upper,
+            "fastest_ms": 1e3 * min(seconds), "rounds": len(seconds),
+            "sweep_medians_ms": " ".join(f"{1e3 * statistics.median(x):.4f}" for x in self.sweeps),
+            "calls_per_round": self.calls,
+            "max_difference_to_ours": self.difference, **Sampler.mean(self.states),
+        }  # fmt: skip
+
+
+Key = tuple[str, str, Shape, str]  # data, pass, shape, implementation
+
+
 def measure_cell(
     shape: Shape, data: str, programs: dict[str, Programs], reference: tuple, sampler: "Sampler",
-    rounds: int, batch: float,
-) -> list[report.Row]:  # fmt: skip
+    rounds: int, batch: float, seed: int = 0,
+) -> dict[Key, Measurement]:  # fmt: skip
     """Of the passes in `programs`."""
+    # Moves what is allocated after it.
+    spacer = jnp.zeros(random.Random(f"{seed} {data} {shape}").randrange(1 << 28), jnp.int8)
     q, k, v, dout = (jax.random.normal(key, shape.array, jnp.bfloat16) for key in _keys(0, 4))
     q = q * jnp.asarray(QUERY_FACTOR[data], q.dtype)
     runs = runs_of(programs, q, k, v, dout)
@@ -239,23 +275,27 @@ def measure_cell(
     matmul, matrices, matmul_flops = reference
     runs["fwd", report.THERMOMETER] = matmul, matrices
     begin = time.monotonic()
-    timed = time_in_turns(runs, rounds, batch)
+    timed = time_in_turns(runs, rounds, batch, seed)
     state = sampler.state(begin)
-    rows = []
-    for (pass_, name), (seconds, calls) in timed.items():
-        flops = matmul_flops if name == report.THERMOMETER else shape.flops
-        if pass_ == "bwd":
-            flops *= BACKWARD_FLOPS
-        lower, median, upper = statistics.quantiles(seconds, n=4)
-        rows.append({
+    spacer.delete()
+    return {
+        (data, pass_, shape, name): Measurement(
+            (matmul_flops if name == report.THERMOMETER else shape.flops)
+            * (BACKWARD_FLOPS if pass_ == "bwd" else 1),
+            [seconds], calls, differences.get((pass_, name)), [state],
+        )
+        for (pass_, name), (seconds, calls) in timed.items()
+    }  # fmt: skip
+
+
+def rows_of(measurements: dict[Key, Measurement]) -> list[report.Row]:
+    return [
+        {
             "data": data, "pass": pass_, "head_dim": shape.head_dim, "mask": shape.mask,
-            "seq": shape.seq, "implementation": name, "tflops": flops / median / 1e12,
-            "median_ms": 1e3 * median, "lower_quartile_ms": 1e3 * lower,
-            "upper_quartile_ms": 1e3 * upper, "fastest_ms": 1e3 * min(seconds),
-            "rounds": rounds, "calls_per_round": calls,
-            "max_difference_to_ours": differences.get((pass_, name)), **state,
-        })  # fmt: skip
-    return rows
+            "seq": shape.seq, "implementation": name, **measurement.fields(),
+        }
+        for (data, pass_, shape, name), measurement in measurements.items()
+    ]  # fmt: skip
 
 
 def compare(runs: Runs) -> dict[tuple[str, str], float]:
@@ -320,6 +360,11 @@ class Sampler:
         medians = map(statistics.median, zip(*found, strict=True))
         return dict(zip(SAMPLED.values(), medians, strict=True))
 
+    @staticmethod
+    def mean(states: list[dict[str, float | None]]) -> dict[str, float | None]:
+        known = {name: [s[name] for s in states if s[name] is not None] for name in states[0]}
+        return {name: statistics.mean(x) if x else None for name, x in known.items()}
+
 
 def environment(commit: str | None) -> dict[str, Any]:
     query = "name,driver_version,power.limit,clocks.max.sm,memory.total"
@@ -363,7 +408,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passes", default="fwd,bwd")
     parser.add_argument("--backward-data", default=",".join(QUERY_FACTOR))
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS))
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--sweeps", type=int, default=2, help="over all cells")
+    parser.add_argument("--rounds", type=int, default=15, help="of a cell, in each sweep")
     parser.add_argument("--batch", type=float, default=0.006, help="seconds of work in a round")
     parser.add_argument("--compile-threads", type=int, default=8)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds, then stop early")
@@ -384,20 +430,27 @@ def main() -> None:
     programs = compile_all(shapes, names, args.passes.split(","), args.compile_threads)
     reference = thermometer()
     print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    rows: list[report.Row] = []
+    measurements: dict[Key, Measurement] = {}
     with Sampler.running() as sampler:
-        for data, shape in itertools.product(args.data.split(","), shapes):
+        for sweep, data, shape in itertools.product(
+            range(args.sweeps), args.data.split(","), shapes
+        ):
             if time.monotonic() > deadline:
-                print(f"out of time: {shape} {data} and what follows are missing", flush=True)
+                print(f"out of time: {shape} {data} of sweep {sweep} and what follows are missing")
                 break
             with_backward = data in args.backward_data.split(",")
             passes = ("fwd", "saving", "bwd") if with_backward else ("fwd",)
-            rows += measure_cell(
+            measured = measure_cell(
                 shape, data, {pass_: programs[shape, pass_] for pass_ in passes}, reference,
-                sampler, args.rounds, args.batch,
+                sampler, args.rounds, args.batch, sweep,
             )  # fmt: skip
-            report.write(args.out, about, rows)  # what is measured is never lost
-    if not rows:
+            for key, measurement in measured.items():
+                if key in measurements:
+                    measurements[key].add(measurement)
+                else:
+                    measurements[key] = measurement
+            report.write(args.out, about, rows_of(measurements))  # what is measured is never lost
+    if not (rows := rows_of(measurements)):
         raise SystemExit("nothing was measured")
     print(report.table(rows))
     report.plot(args.out / "bench.png", about, rows)

@@ -16,7 +16,7 @@ THERMOMETER = "matmul 8192"  # not a competitor: says how fast the machine is at
 PASSES = {"fwd": "forward", "bwd": "backward"}
 LABELS = {OURS: "ours", DETERMINISTIC: "det.", "fa3": "FA3", "cudnn": "cuDNN", "mosaic": "Mosaic"}
 
-Row = dict[str, Any]  # one measurement: the fields of bench.measure_cell
+Row = dict[str, Any]  # one measurement: the fields of bench.rows_of
 
 
 class Cell(NamedTuple):

@@ -151,6 +151,7 @@ def test_whole_run(toy_bench, tmp_path, capsys):
     assert all(r["max_difference_to_ours"] in (0, None) for r in rows)
     milliseconds = {r["pass"]: r["median_ms"] for r in rows if r["implementation"] == "cudnn"}
     assert milliseconds == pytest.approx({"fwd": 0.3, "bwd": 0.2})
+    assert all((len(r["sweep_medians_ms"].split()), r["rounds"]) == (2, 4) for r in rows)
 
 
 def test_everyone_runs_once_a_round_and_after_others(bench):
@@ -161,6 +162,7 @@ def test_everyone_runs_once_a_round_and_after_others(bench):
     }
     assert all(len(found) > 1 for found in followers.values())
     assert rounds == list(bench.turns("abcde", 9))
+    assert rounds != list(bench.turns("abcde", 9, seed=1))
 
 
 # ---- Training steps ------------------------------------------------------------------------------
