@@ -195,8 +195,7 @@ struct BackwardDqKernel {
     auto probabilities = [&](int n_block) {  // P = exp2(S * scale - lse)
       sm90::pin(rS);
       if (n_block >= first_masked) {
-        apply_mask<kMask, kBlockN>(rS, thread, first_row, n_block,
-                                   shape.seq_k, shape.diagonal);
+        apply_mask<kMask, kBlockN>(rS, thread, first_row, n_block, shape.seq_k, shape.diagonal);
       }
 #pragma unroll
       for (int i = 0; i < kBlockN / 2; ++i) {

@@ -290,8 +290,8 @@ struct ForwardKernel {
     auto raise_reference = [&]<bool kMasked>() {
       if (softmax.any_row_above(
               softmax.kLargest)) {  // overflow: scores once more, while K is still there
-        // This thread, which ptxas may not know: else addresses and the mask's predicates would take
-        // registers of the main loop.
+        // This thread, which ptxas may not know: else addresses and the mask's predicates would
+        // take registers of the main loop.
         const int reader = __shfl_sync(sm90::kAllLanes, thread, thread % sm90::kWarp);
         softmax.take_back();
         sm90::mma_warp_k_major<Element, KeyTile>(
@@ -384,7 +384,7 @@ struct ForwardKernel {
       smem.k.empty(k_at.stage).arrive_if(elected);  // the producer may refill this K stage
       k_at.advance();
       // The turn of the block that is left out. Whoever took it later would want the next tile's Q
-      // and K one step before they are there: 1 to 5 % at head dim 64, 1 to 2 at 256.
+      // and K one step before they are there: 1 to 5 % at head dim 64, up to 2 at 256.
       wait_turn();
       pass_turn();
     };

@@ -28,8 +28,8 @@ EQX_DEVICE KeyBlocks key_blocks(int m_block, int seq_k, int diagonal) {
   return blocks;
 }
 
-// Sets the scores of invisible keys to minus infinity, for one thread of a warpgroup whose rows begin
-// at `first_row`.
+// Sets the scores of invisible keys to minus infinity, for one thread of a warpgroup whose rows
+// begin at `first_row`.
 template <Mask kMask, int kBlockN>
 EQX_DEVICE void apply_mask(float (&scores)[kBlockN / 2], int thread, int first_row, int n_block,
                            int seq_k, int diagonal) {
