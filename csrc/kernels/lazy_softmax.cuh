@@ -10,7 +10,7 @@
 namespace eqx_flash {
 
 // Softmax is the same relative to any reference, and fp32 and bf16 are as precise at 2^30 as at 1.
-// So the maximum of a row's first blocks serves the others too, until the sum of its exponentials
+// So the maximum of a row's first block serves the others too, until the sum of its exponentials
 // passes a limit. What overflows fp32 in one block is computed anew; scores of 124 log2 above all
 // before them do that, which no peaked distribution of trained models comes near.
 template <int kCols>
