@@ -93,10 +93,7 @@ struct BackwardDkdvKernel : BackwardKeys<Element, kHeadDim, kMask, backward_dkdv
       smem.probabilities.wait_empty(slot);  // the other warpgroup has read the slot
 #pragma unroll
       for (int j = 0; j < kBlockM / 8; ++j) {
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
-                         probability_address(smem, slot.stage, me.thread, j)),
-                     "f"(rS[4 * j]), "f"(rS[4 * j + 1]), "f"(rS[4 * j + 2]), "f"(rS[4 * j + 3])
-                     : "memory");
+        sm90::store_shared_x4(probability_address(smem, slot.stage, me.thread, j), rS + 4 * j);
       }
       smem.probabilities.full(slot.stage).arrive();  // P is there for dS
     };
@@ -147,11 +144,7 @@ struct BackwardDkdvKernel : BackwardKeys<Element, kHeadDim, kMask, backward_dkdv
       smem.probabilities.wait_full(slot);  // P is complete
 #pragma unroll
       for (int j = 0; j < kBlockM / 8; ++j) {
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(rP[4 * j]), "=f"(rP[4 * j + 1]), "=f"(rP[4 * j + 2]),
-                       "=f"(rP[4 * j + 3])
-                     : "r"(probability_address(smem, slot.stage, me.thread, j))
-                     : "memory");
+        sm90::load_shared_x4(probability_address(smem, slot.stage, me.thread, j), rP + 4 * j);
       }
       smem.probabilities.empty(slot.stage).arrive();  // the slot may be overwritten
     };

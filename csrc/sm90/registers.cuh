@@ -80,6 +80,19 @@ EQX_DEVICE void store_shared_x4(uint32_t address, int x, int y, int z, int w) {
                : "memory");
 }
 
+// Four floats.
+EQX_DEVICE void load_shared_x4(uint32_t address, float* values) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(address)
+               : "memory");
+}
+EQX_DEVICE void store_shared_x4(uint32_t address, const float* values) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 EQX_DEVICE void load_matrix_x4(uint32_t address, uint32_t* registers) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
