@@ -4,9 +4,9 @@
 All implementations run the same arrays; a cell's figure is the median of its rounds. Power limits
 the clocks, and they take a tenth of a second to follow a load. Hence many short turns, in another
 order each round: all have the clocks of the mix. A cell's rounds are spread over sweeps of all
-cells, each with arrays elsewhere in memory: what a sweep happens to get moves a ratio by 1 to 2 %.
-A bf16 matrix product runs along, to tell a slow kernel from a slow machine. The backward pass is
-timed by itself, on what the forward pass has saved for it: in a difference of two times it would
+cells, in each behind a spacer of another size: what a sweep happens to get moves a ratio by 1 to
+2 %. A bf16 matrix product runs along, to tell a slow kernel from a slow machine. The backward pass
+is timed by itself, on what the forward pass has saved for it: in a difference of two times it would
 pay for what a fast forward pass costs both in clocks.
 """
 
@@ -24,13 +24,18 @@ import statistics
 import subprocess
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import report
+
+SAMPLED = {"clocks.sm": "clock_mhz", "power.draw": "power_w", "temperature.gpu": "temperature_c"}
+State = dict[str, float | None]  # what was sampled
 
 TOKENS = 16_384  # batch * seq
 WIDTH = 2048  # heads * head_dim
@@ -229,33 +234,15 @@ def runs_of(programs: dict[str, Programs], q, k, v, dout) -> Runs:
     return runs
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Of one implementation in one cell."""
+    """Of one implementation in one cell, by one sweep."""
 
     flops: float
-    sweeps: list[list[float]]  # seconds per call, of each round
+    seconds: list[float]  # per call, of each round
     calls: int  # in a round
     difference: float | None  # the largest, to our result
-    states: list[dict[str, float | None]]  # of the machine, in a sweep
-
-    def add(self, other: "Measurement") -> None:
-        self.sweeps += other.sweeps
-        self.states += other.states
-        if self.difference is not None and other.difference is not None:
-            self.difference = max(self.difference, other.difference)
-
-    def fields(self) -> report.Row:
-        seconds = [x for sweep in self.sweeps for x in sweep]
-        lower, median, upper = statistics.quantiles(seconds, n=4)
-        return {
-            "tflops": self.flops / median / 1e12, "median_ms": 1e3 * median,
-            "lower_quartile_ms": 1e3 * lower, "upper_quartile_ms": 1e3 * upper,
-            "fastest_ms": 1e3 * min(seconds), "rounds": len(seconds),
-            "sweep_medians_ms": " ".join(f"{1e3 * statistics.median(x):.4f}" for x in self.sweeps),
-            "calls_per_round": self.calls,
-            "max_difference_to_ours": self.difference, **Sampler.mean(self.states),
-        }  # fmt: skip
+    state: State  # of the machine
 
 
 Key = tuple[str, str, Shape, str]  # data, pass, shape, implementation
@@ -282,20 +269,43 @@ def measure_cell(
         (data, pass_, shape, name): Measurement(
             (matmul_flops if name == report.THERMOMETER else shape.flops)
             * (BACKWARD_FLOPS if pass_ == "bwd" else 1),
-            [seconds], calls, differences.get((pass_, name)), [state],
+            seconds, calls, differences.get((pass_, name)), state,
         )
         for (pass_, name), (seconds, calls) in timed.items()
     }  # fmt: skip
 
 
-def rows_of(measurements: dict[Key, Measurement]) -> list[report.Row]:
+def rows_of(measurements: dict[Key, list[Measurement]]) -> list[report.Row]:
+    """From those of each sweep."""
     return [
         {
             "data": data, "pass": pass_, "head_dim": shape.head_dim, "mask": shape.mask,
-            "seq": shape.seq, "implementation": name, **measurement.fields(),
+            "seq": shape.seq, "implementation": name, **summary(sweeps),
         }
-        for (data, pass_, shape, name), measurement in measurements.items()
+        for (data, pass_, shape, name), sweeps in measurements.items()
     ]  # fmt: skip
+
+
+def summary(sweeps: list[Measurement]) -> report.Row:
+    seconds = [x for sweep in sweeps for x in sweep.seconds]
+    lower, median, upper = statistics.quantiles(seconds, n=4)
+    medians = [statistics.median(sweep.seconds) for sweep in sweeps]
+    differences = [sweep.difference for sweep in sweeps if sweep.difference is not None]
+    return {
+        "tflops": sweeps[0].flops / median / 1e12, "median_ms": 1e3 * median,
+        "lower_quartile_ms": 1e3 * lower, "upper_quartile_ms": 1e3 * upper,
+        "fastest_ms": 1e3 * min(seconds), "rounds": len(seconds),
+        "sweep_medians_ms": " ".join(f"{1e3 * x:.4f}" for x in medians),
+        "calls_per_round": sweeps[0].calls,
+        # Not max(), which may lose a NaN.
+        "max_difference_to_ours": float(np.max(differences)) if differences else None,
+        **{name: _mean(sweep.state[name] for sweep in sweeps) for name in SAMPLED.values()},
+    }  # fmt: skip
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [x for x in values if x is not None]
+    return statistics.mean(known) if known else None
 
 
 def compare(runs: Runs) -> dict[tuple[str, str], float]:
@@ -318,9 +328,6 @@ def _output(result):
 
 
 # ---- The machine ---------------------------------------------------------------------------------
-
-
-SAMPLED = {"clocks.sm": "clock_mhz", "power.draw": "power_w", "temperature.gpu": "temperature_c"}
 
 
 class Sampler:
@@ -352,18 +359,13 @@ class Sampler:
             with contextlib.suppress(ValueError):
                 self.samples.append((time.monotonic(), [float(x) for x in line.split(",")]))
 
-    def state(self, begin: float) -> dict[str, float | None]:
+    def state(self, begin: float) -> State:
         """Medians since `begin`."""
         found = [values for when, values in self.samples if when >= begin]
         if not found:
             return dict.fromkeys(SAMPLED.values())
         medians = map(statistics.median, zip(*found, strict=True))
         return dict(zip(SAMPLED.values(), medians, strict=True))
-
-    @staticmethod
-    def mean(states: list[dict[str, float | None]]) -> dict[str, float | None]:
-        known = {name: [s[name] for s in states if s[name] is not None] for name in states[0]}
-        return {name: statistics.mean(x) if x else None for name, x in known.items()}
 
 
 def environment(commit: str | None) -> dict[str, Any]:
@@ -430,13 +432,14 @@ def main() -> None:
     programs = compile_all(shapes, names, args.passes.split(","), args.compile_threads)
     reference = thermometer()
     print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    measurements: dict[Key, Measurement] = {}
+    measurements: dict[Key, list[Measurement]] = defaultdict(list)
     with Sampler.running() as sampler:
         for sweep, data, shape in itertools.product(
             range(args.sweeps), args.data.split(","), shapes
         ):
             if time.monotonic() > deadline:
-                print(f"out of time: {shape} {data} of sweep {sweep} and what follows are missing")
+                where = f"{shape} {data} of sweep {sweep}"
+                print(f"out of time: {where} and what follows are missing", flush=True)
                 break
             with_backward = data in args.backward_data.split(",")
             passes = ("fwd", "saving", "bwd") if with_backward else ("fwd",)
@@ -445,10 +448,7 @@ def main() -> None:
                 sampler, args.rounds, args.batch, sweep,
             )  # fmt: skip
             for key, measurement in measured.items():
-                if key in measurements:
-                    measurements[key].add(measurement)
-                else:
-                    measurements[key] = measurement
+                measurements[key].append(measurement)
             report.write(args.out, about, rows_of(measurements))  # what is measured is never lost
     if not (rows := rows_of(measurements)):
         raise SystemExit("nothing was measured")

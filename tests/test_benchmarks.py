@@ -154,6 +154,12 @@ def test_whole_run(toy_bench, tmp_path, capsys):
     assert all((len(r["sweep_medians_ms"].split()), r["rounds"]) == (2, 4) for r in rows)
 
 
+def test_a_nan_of_any_sweep_is_in_the_record(bench):
+    state = dict.fromkeys(bench.SAMPLED.values())
+    sweeps = [bench.Measurement(1.0, [1.0, 2.0], 1, x, state) for x in (0.5, math.nan, 0.25)]
+    assert math.isnan(bench.summary(sweeps)["max_difference_to_ours"])
+
+
 def test_everyone_runs_once_a_round_and_after_others(bench):
     rounds = list(bench.turns("abcde", 9))
     assert all(sorted(names) == list("abcde") for names in rounds)

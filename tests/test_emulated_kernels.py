@@ -268,6 +268,10 @@ MUTATIONS = {
             "scores computed anew are not masked", FORWARD,
             "if constexpr (kMasked) mask_scores(reader);", mask="causal", more_cases=RISING,
         ),
+        Mutation(
+            "four lanes overflow together", "kernels/lazy_softmax.cuh", "FLT_MAX / 8", "FLT_MAX",
+            more_cases=AT_THE_LIMIT,
+        ),
     ),
     ("forward", 128): (
         Mutation(
